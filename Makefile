@@ -1,0 +1,77 @@
+# Every target makes .venv by itself when it is missing; `make` alone lists the targets.
+
+PYTHON  ?= python3#     the interpreter .venv is made from
+PROFILE ?= mini#        smoke, mini or paper: a section of settings.ini
+SEEDS   ?=#             for example "0 1"; empty: the profile's own seeds
+JOBS    ?= 2#           steps that may run at the same time
+CONFIG  ?=#             further words for snakemake --config, each name=value
+
+BIN      := $(CURDIR)/.venv/bin
+STAMP    := .venv/.installed
+OLDEST   := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)".*/\1/p' pyproject.toml)
+NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb)
+
+# Nothing reports home, and nothing of the user's own Python or Jupyter set-up leaks into a run.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK             := 1
+export TOKENIZERS_PARALLELISM   := false
+export JUPYTER_PREFER_ENV_PATH  := 1
+export PYTHONNOUSERSITE         := 1
+export IPYTHONDIR               := $(CURDIR)/.venv/ipython
+unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
+
+# Steps that snakemake starts find papermill on the PATH. Only the paper profile may reach the hub.
+OFFLINE   := HF_HUB_OFFLINE=1
+ONE_CORE  := $(OFFLINE) OMP_NUM_THREADS=1 MPLBACKEND=Agg
+SNAKEMAKE  = env PATH="$(BIN):$$PATH" MPLBACKEND=Agg $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) \
+             "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --nolock --rerun-incomplete
+WORDS      = --config profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(CONFIG)
+
+.PHONY: help venv export test smoke reproduce plan lab notebooks clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP) ## make .venv with the packages of constraints.txt
+
+reproduce: $(STAMP) ## run the pipeline of PROFILE, tables and figures into figures/ [PROFILE=mini SEEDS="0 1" JOBS=2]
+	$(SNAKEMAKE) --quiet host reason $(WORDS)
+
+smoke: ## the same in its smallest form (PROFILE=smoke)
+	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
+
+plan: $(STAMP) ## say what reproduce would run, and run nothing
+	@$(SNAKEMAKE) --dry-run --quiet host reason rules $(WORDS)
+
+test: $(STAMP) ## repository checks, every notebook, then the tests with the smallest reproduction
+	$(ONE_CORE) "$(BIN)/pytest" -q tests/test_repository.py
+	$(ONE_CORE) "$(BIN)/nbdev-test" --n-workers 2 --do-print
+	$(ONE_CORE) "$(BIN)/pytest" tests --ignore=tests/test_repository.py
+
+export: $(STAMP) ## write catto/ from the notebooks, and clean the notebooks' metadata
+	"$(BIN)/nbdev-export"
+	"$(BIN)/nbdev-clean"
+
+notebooks: $(STAMP) ## run every notebook again in place, in the order of their numbers
+	@set -e; for notebook in $(NOTEBOOKS); do \
+	  echo "$$notebook"; \
+	  $(ONE_CORE) "$(BIN)/jupyter-nbconvert" --log-level=ERROR --to notebook --execute --inplace "$$notebook"; \
+	done
+	"$(BIN)/nbdev-clean"
+
+lab: $(STAMP) ## open JupyterLab in nbs/
+	cd nbs && "$(BIN)/jupyter-lab"
+
+clean: ## remove .venv, data/runs and caches; tables and figures stay
+	rm -rf .venv data/runs .snakemake .pytest_cache build dist catto.egg-info
+	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" > /dev/null || { echo "make: no Python named '$(PYTHON)'; give one, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:3] < tuple(map(int, "$(OLDEST)".split("."))))' || \
+	  { echo "make: catto needs Python $(OLDEST) or newer and '$(PYTHON)' is older; give another, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing the packages of constraints.txt into .venv (some minutes, once)"
+	@"$(PYTHON)" -m venv .venv
+	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
