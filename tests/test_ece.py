@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import catto.eval
 from catto.eval import (
     calibration_report,
     debiased_ece,
@@ -59,6 +60,12 @@ def test_counts_sum_to_n_and_empty_bins_are_nan():
     assert curve.n == curve.count.sum() == 500
     assert np.array_equal(np.isnan(curve.accuracy), curve.count == 0) and (curve.count == 0).any()
     assert np.array_equal(np.isnan(curve.confidence), curve.count == 0)
+
+
+def test_empty_bins_give_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reliability_curve([0.5], [1]).ece == pytest.approx(0.5)
 
 
 def test_curve_and_function_give_one_ece():
@@ -228,6 +235,17 @@ def test_noise_floor_in_batches(monkeypatch):
     assert noise_floor(c) == pytest.approx(whole, abs=1e-12)
 
 
+def test_no_loop_holds_more_values_than_allowed(monkeypatch):
+    sizes, ece = [], catto.eval._ece
+    monkeypatch.setattr("catto.eval._CELLS", 730)
+    monkeypatch.setattr("catto.eval._ece", lambda bins, gap, n_bins: sizes.append(gap.size) or ece(bins, gap, n_bins))
+    c, z = data(100)
+    noise_floor(c)
+    floor_sizes, sizes[:] = sizes[:], []
+    calibration_report(c, z)
+    assert 0 < max(floor_sizes) <= 730 and 0 < max(sizes) <= 730
+
+
 def test_noise_floor_uses_the_generator():
     c, _ = data(100)
     assert noise_floor(c) == noise_floor(c, rng=np.random.default_rng(0)) != noise_floor(c, rng=np.random.default_rng(1))
@@ -257,6 +275,12 @@ def test_report_holds_plain_numbers_under_its_names():
 
 def test_wrong_at_confidence_one_costs_the_documented_clip():
     assert calibration_report([1.0, 1.0], [0, 0])["nll"] == pytest.approx(-np.log(np.finfo(float).eps))  # 36.04
+
+
+def test_report_on_float32_is_the_report_on_the_same_numbers_in_float64():
+    c, z = data(300)
+    c = c.astype(np.float32)
+    assert calibration_report(c, z, p_correct=c, parsed=z) == calibration_report(c.astype(float), z, p_correct=c, parsed=z)
 
 
 def test_report_is_reproducible_and_follows_its_generator():
@@ -387,6 +411,21 @@ def test_picture_draws_where_it_is_told(curve):
     assert plot_reliability(curve, ax=pair) == tuple(pair)
     _, one = plt.subplots()
     assert plot_reliability(curve, ax=one) is one and len(one.containers) == 2
+
+
+def test_shared_histogram_axis_cuts_no_bar_off():
+    tall, flat = reliability_curve([0.9] * 20, [1] * 20), reliability_curve(np.linspace(0, 1, 200), np.ones(200))
+    for pair in ((tall, flat), (flat, tall)):
+        _, axes = plt.subplots(2, 2, sharey="row")
+        for curve, ax in zip(pair, axes.T):
+            plot_reliability(curve, ax=ax)
+        assert axes[1, 0].get_ylim()[1] > 1
+    plt.close("all")
+
+
+def test_picture_refuses_three_axes(curve):
+    with pytest.raises(ValueError, match="one Axes nor a .top, bottom. pair"):
+        plot_reliability(curve, ax=plt.subplots(3)[1])
 
 
 @pytest.mark.parametrize("ax", [3, "axes", [1, 2], ()])
