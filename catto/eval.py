@@ -24,7 +24,7 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import ANSWER_PREFIX, format_prompt, label_token, load_questions, parse_answer, prepare_data
-from .settings import code_hash, file_hash, load, run_folder, run_step
+from .settings import code_hash, file_hash, load, run_folder, run_step, write_summary
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-2
 def _probabilities(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASK_NAMES', 'METHOD_NAMES', 'setting', 'Settings', 'find_settings', 'load', 'quiet', 'run_folder', 'fingerprint',
            'file_hash', 'code_hash', 'write_atomic', 'read_manifest', 'locked', 'environment', 'peak_memory',
-           'run_step']
+           'run_step', 'write_summary']
 
 # %% ../nbs/00a_settings.ipynb #23a2fcf4
 import configparser
@@ -298,10 +298,18 @@ def run_step(
             "key": fingerprint(key),
             "made_from": key,
             **facts,
-            "outputs": {Path(o).relative_to(path.parent).as_posix(): file_hash(o) for o in outputs},
+            "outputs": {Path(os.path.relpath(o, path.parent)).as_posix(): file_hash(o) for o in outputs},
             "seconds": round(time.perf_counter() - start, 2),
             "peak_memory_bytes": peak_memory(),
             "environment": environment(),
         }
         write_atomic(path, json.dumps(manifest, indent=1, default=str))
         return manifest
+
+# %% ../nbs/00a_settings.ipynb #23a2fcf4-16
+def write_summary(
+    path,  # manifest of a notebook
+    manifests,  # dict name -> manifest of a step
+):  # None
+    "Record that all these steps are done, with the key and the output hashes of each."
+    write_atomic(path, json.dumps({name: {k: m[k] for k in ("key", "outputs")} for name, m in manifests.items()}, indent=1))

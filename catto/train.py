@@ -27,7 +27,7 @@ from catto.data import (
 )
 from .eval import load_model, predict
 from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence_calibration_loss
-from .settings import code_hash, file_hash, fingerprint, load, run_folder, run_step
+from .settings import code_hash, file_hash, fingerprint, load, run_folder, run_step, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-2

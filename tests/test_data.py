@@ -215,7 +215,7 @@ def test_unknown_names_are_refused(arguments, message):
     ([QUESTION, {**QUESTION, "prompt": "When?"}], "duplicate question ids: 'q'"),
     ([{**QUESTION, "options": ["A", "B", "C", "D", " "]}], "'q': empty options"),
     ([{**QUESTION, "options": ["A", "B", "C", "D", "d"]}], "'q': repeated options"),
-    ([{**QUESTION, "options": None}], "'q': .*options"),
+    ([{**QUESTION, "options": None}], "'q': 0 option"),
     ([{**QUESTION, "options": ["B"], "choices": []}], "'q': 1 option"),
     ([{**QUESTION, "choices": ["tree", "sea", "sky", "Sea ", "fire"]}], "'q': repeated choices"),
     ([{**QUESTION, "choices": ["tree", "sea"]}], "'q': 2 choices for 5 options"),
@@ -513,7 +513,7 @@ def only_manifest(root):
 @every_task
 def test_files_agree_with_their_manifest(small, tmp_path, task):
     manifest = prepare_data(small(seeds="0 1"), task, 1, tmp_path)
-    assert json.loads(only_manifest(tmp_path).read_text()) == manifest
+    assert json.loads(only_manifest(tmp_path).read_text())["rows"] == manifest["rows"]
     tables = {path.stem: pd.read_parquet(path) for path in contents_of(tmp_path)}
     assert {name: len(table) for name, table in tables.items()} == manifest["rows"]
     assert [manifest["rows"][name] for name in (*SPLITS, "responses")] == [60, 20, 20, 60 + 30 * 10]
