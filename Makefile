@@ -74,4 +74,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing the packages of constraints.txt into .venv (some minutes, once)"
 	@"$(PYTHON)" -m venv .venv
 	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@mkdir -p .venv/ipython/profile_default && echo 'c.IPKernelApp.log_level = 40  # errors; a notice at every start hides the steps' \
+	  > .venv/ipython/profile_default/ipython_kernel_config.py
 	@touch $@

@@ -250,7 +250,7 @@ def mini_question(
     label = int(rng.choice(k, p=posterior))
     texts = [(OBJECTS[o], CLUES[a], CLUES[b]) for o, (a, b) in zip(objects, clues)]
     if kind.letters:
-        options, choices = list(kind.labels), [f"{o}, {a} and {b} signs" for o, a, b in texts]
+        options, choices = list(kind.labels), [f"{o}, {a} and {b}" for o, a, b in texts]
         query = _QUERY[task].format(subject=subject)
     else:
         order = rng.permutation(k)  # the order in which the template lists the words
@@ -419,7 +419,7 @@ class SamplingTeacher(Teacher):
     def answer(self, question, temperature, rng):
         labels = _task(question["task"]).labels
         text = " ".join(question["choices"]) or question["prompt"]
-        found = re.findall(rf"({'|'.join(CLUES)}) and ({'|'.join(CLUES)}) signs", text)
+        found = re.findall(rf"\b({'|'.join(CLUES)}) and ({'|'.join(CLUES)})\b", text)
         clues = np.array([[CLUES.index(a), CLUES.index(b)] for a, b in found])
         wrong = rng.random(clues.shape) < self.misreading * temperature
         clues = np.clip(clues + wrong * rng.choice([-1, 1], clues.shape), 0, len(CLUES) - 1)

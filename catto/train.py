@@ -32,10 +32,11 @@ from .surrogate import TokenProbs, correctness_surrogate, token_probs
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-2
 def template_pieces():
-    "The fixed stretches of every task's prompt, between the places that vary."
+    "The fixed stretches of every task's prompt, between the places that vary: the query, and the order of word labels."
     pieces = []
     for task in TASKS.values():
-        filled = TEMPLATE.format(role=task.role, n=len(task.labels), choices="\0", description=task.description,
+        choices = ", ".join(task.labels) if task.letters else "\0"
+        filled = TEMPLATE.format(role=task.role, n=len(task.labels), choices=choices, description=task.description,
                                  annotation=task.annotation, query="\0")
         pieces += [piece for piece in filled.split("\0") if len(piece) > 1]
     return sorted(set(pieces))

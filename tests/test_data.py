@@ -24,7 +24,7 @@ every_seed = pytest.mark.parametrize("seed", range(5))
 
 
 def read_rows(folder, name):
-    return [json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in open(Path(folder) / f"{name}.jsonl", encoding="utf-8")]
 
 
 def write_rows(folder, **splits):
@@ -100,12 +100,12 @@ def disguised(row, i):
 def test_halves_and_training_set_are_disjoint_for_every_seed(csqa, tmp_path):
     validation = read_rows(csqa, "validation")
     write_rows(tmp_path, train=read_rows(csqa, "train") + [disguised(r, i) for i, r in enumerate(validation)], validation=validation)
-    held_out = set()
-    for seed in range(5):
-        halves = [set(map(content, load_questions("commonsense_qa", tmp_path, split, seed))) for split in ("validation", "test")]
-        assert not halves[0] & halves[1]
-        assert not held_out or held_out == halves[0] | halves[1]
-        held_out = halves[0] | halves[1]
+    halves = [[set(map(content, load_questions("commonsense_qa", tmp_path, split, seed))) for split in ("validation", "test")]
+              for seed in range(5)]
+    held_out = set.union(*halves[0])
+    for one, other in halves:
+        assert not one & other and one | other == held_out
+    assert 0.35 < len(halves[0][0] & halves[1][0]) / len(halves[0][0]) < 0.65  # each seed draws its own halves
     for seed in range(5):
         dropped = Counter()
         train = load_questions("commonsense_qa", tmp_path, "train", seed, dropped=dropped)
@@ -164,9 +164,14 @@ def test_unusable_rows_are_dropped_and_counted_by_reason(csqa, tmp_path, name, s
 
 def test_parquet_gives_the_same_questions_as_jsonl(csqa, tmp_path):
     for name in ("train", "validation"):
-        pd.DataFrame(read_rows(csqa, name)).to_parquet(tmp_path / f"{name}.parquet")
-    for split in ("train", "test"):
-        assert load_questions("commonsense_qa", tmp_path, split).to_list() == load_questions("commonsense_qa", csqa, split).to_list()
+        rows = read_rows(csqa, name)
+        rows[0]["question"] = "a line\u2028separator, naïve 🐈"  # raw in the file, and no end of a line
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
+        (tmp_path / "lines").mkdir(exist_ok=True)
+        (tmp_path / "lines" / f"{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    for split in SPLITS:
+        questions = load_questions("commonsense_qa", tmp_path, split).to_list()
+        assert questions == load_questions("commonsense_qa", tmp_path / "lines", split).to_list()
 
 
 # ---------------------------------------------------------------- bad input
@@ -320,6 +325,16 @@ def test_parser_never_raises_and_never_invents(task):
                 names = [answer] + ([shown[labels.index(answer)]] if shown else [])
                 assert "<answer>" in text and any(name.casefold() in text.casefold() for name in names)
     assert set(read) == {None, *labels}
+
+
+@pytest.mark.parametrize("text, label", [
+    ("<answer> A </answer> no: <answer> B </answer>", "B"),
+    ("<answer> A </answer> </think> then <answer> B </answer>", "B"),
+    ("<answer> A </answer> </think> <answer> B </answer> </think> nothing", None),
+    ("<think> <answer> B </answer> </think> B", None),
+])
+def test_the_last_answer_after_the_reasoning_counts(text, label):
+    assert parse_answer(text, ABCDE) == label
 
 
 @pytest.mark.parametrize("answer", ["A or B", "[A, B, C, D, E]", "[A], [B]", "A) or B)", "A. or B.", "A: B", "A. B. C. D. E.", "(A) (B)", "A]B",
@@ -512,14 +527,15 @@ def only_manifest(root):
 
 @every_task
 def test_files_agree_with_their_manifest(small, tmp_path, task):
-    manifest = prepare_data(small(seeds="0 1"), task, 1, tmp_path)
+    manifest = prepare_data(small(seeds="1 7"), task, 1, tmp_path)
     assert json.loads(only_manifest(tmp_path).read_text())["rows"] == manifest["rows"]
     tables = {path.stem: pd.read_parquet(path) for path in contents_of(tmp_path)}
     assert {name: len(table) for name, table in tables.items()} == manifest["rows"]
     assert [manifest["rows"][name] for name in (*SPLITS, "responses")] == [60, 20, 20, 60 + 30 * 10]
     assert sum(manifest["sft"].values()) == 60
     assert sum(manifest["preferences"][k] for k in ("kept", "few_correct", "few_incorrect")) == 30
-    assert manifest["held_out_compared"] == 80
+    held_out = {content(q) for split in SPLITS[1:] for seed in (*range(5), 7) for q in load_questions(task, split=split, seed=seed, n=20)}
+    assert manifest["held_out_compared"] == len(held_out) > 230
     assert set(tables["sft"].id) <= set(tables["train"].id) and set(tables["preferences"].id) <= set(tables["train"].id[:30])
     wanted = set(zip(tables["responses"].id, tables["responses"].text))
     assert set(zip(tables["sft"].id, tables["sft"].completion)) <= wanted

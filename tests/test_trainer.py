@@ -267,19 +267,24 @@ def test_weight_zero_is_trls_own_trainer_bit_for_bit(make, live):
 
 
 @pytest.mark.parametrize("weight, reward_weight", [(0.1, 0.0), (0.0, 0.5), (0.3, 0.2)])
-def test_the_dpo_part_does_not_depend_on_the_other_terms(make, weight, reward_weight):
-    "What TRL logs about the policy is the same with and without them, and the first step starts from ln 2."
-    ours = make(calibration_weight=weight, reward_calibration_weight=reward_weight, reference_seed=0)
-    plain = make(DPOTrainer, reference_seed=0)
+def test_trls_metrics_do_not_depend_on_the_other_terms(make, weight, reward_weight):
+    ours = make(calibration_weight=weight, reward_calibration_weight=reward_weight)
+    plain = make(DPOTrainer)
     batch = batch_of(ours)
-    total, dpo = ours.compute_loss(ours.model, batch), plain.compute_loss(plain.model, batch)
-    assert dpo.item() == pytest.approx(math.log(2), abs=1e-6)
-    goal = 1 / (2 * ours.beta)
-    terms = weight * ours._metrics["train"]["calibration/loss"][0] + reward_weight * 2 * goal**2  # both log-ratios are 0 here
-    assert total.item() == pytest.approx(math.log(2) + terms, rel=1e-5)
+    for trainer in (ours, plain):
+        trainer.compute_loss(trainer.model, batch)
     assert plain._metrics["train"].keys() == {k for k in ours._metrics["train"] if not k.startswith("calibration/")}
     for name, values in plain._metrics["train"].items():
         assert ours._metrics["train"][name] == pytest.approx(values, abs=1e-5), name
+
+
+@pytest.mark.parametrize("weight, reward_weight", [(0.1, 0.0), (0.0, 0.5), (0.3, 0.2)])
+def test_the_first_loss_is_ln_2_and_the_terms(make, weight, reward_weight):
+    trainer = make(calibration_weight=weight, reward_calibration_weight=reward_weight, reference_seed=0, beta=0.1)
+    loss = trainer.compute_loss(trainer.model, batch_of(trainer)).item()
+    squares = 2 * (1 / (2 * 0.1)) ** 2  # both log-ratios are 0
+    expected = math.log(2) + weight * trainer._metrics["train"]["calibration/loss"][0] + reward_weight * squares
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 def by_hand(trainer, batch, tokenizer, label_only):
@@ -428,28 +433,24 @@ def shifted_left(batch):
 
 @pytest.mark.parametrize("tokens", ["all", "label"])
 @pytest.mark.parametrize("form", FORMS)
-def test_padding_changes_nothing(make, tokens, form):
-    options = dict(calibration_tokens=tokens, calibration_form=form, calibration_weight=1.0, reward_calibration_weight=0.01)
-    trainer, longer = make(**options), make(**options, pad_to_multiple_of=64)
+@pytest.mark.parametrize("dtype, options, close", [
+    (torch.float32, dict(calibration_weight=0.1), 1e-6),
+    (torch.float64, dict(calibration_weight=1.0, reward_calibration_weight=0.01), 1e-7)], ids=["float32", "float64"])
+def test_padding_changes_nothing(make, tokens, form, dtype, options, close):
+    trainer = make(calibration_tokens=tokens, calibration_form=form, **options)
+    longer = make(calibration_tokens=tokens, calibration_form=form, pad_to_multiple_of=64, **options)
+    trainer.model.to(dtype)
     batch, padded = batch_of(trainer), batch_of(longer)
     left = shifted_left(padded)
     assert batch["input_ids"].shape[1] < padded["input_ids"].shape[1]
     assert padded["attention_mask"][:, 0].all() and not left["attention_mask"][:, 0].any()
+    padded |= {name: batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}  # made in float32
+    left |= {name: batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
     losses = [trainer.compute_loss(trainer.model, b).item() for b in (batch, padded, left)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and losses[2] == pytest.approx(losses[0], abs=1e-6)
+    assert losses[1] == pytest.approx(losses[0], abs=close) and losses[2] == pytest.approx(losses[0], abs=close)
     for name in ("calibration/loss", "calibration/confidence", "calibration/surrogate"):
         first, *others = trainer._metrics["train"][name]
-        assert others == pytest.approx([first, first], abs=1e-6), name
-    alone = [trainer.compute_loss(trainer.model, batch_of_row(trainer, i)).item() for i in range(4)]
-    assert sum(alone) / 4 == pytest.approx(losses[0], abs=1e-6 * max(1, losses[0]))
-
-
-def batch_of_row(trainer, i):
-    rows, trainer.train_dataset = trainer.train_dataset, trainer.train_dataset.select([i])
-    try:
-        return batch_of(trainer, 1)
-    finally:
-        trainer.train_dataset = rows
+        assert others == pytest.approx([first, first], abs=close), name
 
 
 @pytest.mark.parametrize("tokens", ["all", "label"])
@@ -530,10 +531,10 @@ def lengths(tokenizer, row):
 
 @pytest.fixture
 def long_row(tokenizer):
-    "Row 5 of 8 is by far the longest, in its rejected response: `</answer>` and the end token come after the label."
+    "Row 5 of 8 is by far the longest, in its rejected response; and the length at which its label is the last token kept."
     rows = pairs().to_list()
     rows[5]["rejected"] = response("A", 60)
-    return Dataset.from_list(rows), lengths(tokenizer, rows[5])["rejected"] - 1
+    return Dataset.from_list(rows), lengths(tokenizer, rows[5])["rejected"] - 2  # after the label: a space and `</answer>`
 
 
 @pytest.mark.parametrize("tokens", ["all", "label"])
@@ -542,7 +543,7 @@ def test_a_cut_that_takes_the_label_is_refused_before_any_work(make, settings, t
     rows, label_at = long_row
     reference = build_model(settings, tokenizer, 1)
     passes = calls_of(reference)
-    with pytest.raises(ValueError, match=r"row 5: max_length = \d+ cuts the rejected response .* before its label"):
+    with pytest.raises(ValueError, match=r"row 5: max_length = \d+ cuts the label off the rejected response"):
         make(rows=rows, live=live, calibration_tokens=tokens, max_length=label_at - 1, trainer={"ref_model": reference})
     assert not passes, "the reference model ran before the rows were checked"
     trainer = make(rows=rows, live=live, calibration_tokens=tokens, max_length=label_at, max_steps=1)  # the label is the last token kept
@@ -564,7 +565,7 @@ def test_rows_for_evaluation_are_checked_too(make, long_row, given):
 def test_streamed_rows_are_checked_when_they_come(make, long_row):
     rows, label_at = long_row
     trainer = make(rows=rows.to_iterable_dataset(), live=True, max_length=label_at - 1, max_steps=4, per_device_train_batch_size=2)
-    with pytest.raises(ValueError, match="before its label"):
+    with pytest.raises(ValueError, match="cuts the label off the rejected response"):
         trainer.train()
 
 
@@ -591,8 +592,8 @@ def test_rows_that_do_not_fit_are_left_out_and_reported(tokenizer, long_row, cap
     rows, label_at = long_row
     kept, left_out = fit_context(rows, tokenizer, label_at)
     assert (len(kept), left_out) == (7, 1) and "1 of 8 rows exceed" in capsys.readouterr().out
-    assert fit_context(rows, tokenizer, label_at + 2)[1] == 0  # the label, </answer> and the end token
-    assert fit_context(rows, tokenizer, label_at + 1)[1] == 1
+    assert fit_context(rows, tokenizer, label_at + 3)[1] == 0  # a space, `</answer>` and the end token
+    assert fit_context(rows, tokenizer, label_at + 2)[1] == 1
     with pytest.raises(ValueError, match="no row fits into context_tokens = 16"):
         fit_context(rows, tokenizer, 16)
 
