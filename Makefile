@@ -6,6 +6,7 @@ SEEDS   ?=#             for example "0 1"; empty: the profile's own seeds
 JOBS    ?= 2#           steps that may run at the same time
 CONFIG  ?=#             further words for snakemake --config, each name=value
 
+SHELL    := /bin/bash
 BIN      := $(CURDIR)/.venv/bin
 STAMP    := .venv/.installed
 OLDEST   := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)".*/\1/p' pyproject.toml)
@@ -27,7 +28,7 @@ SNAKEMAKE  = env PATH="$(BIN):$$PATH" MPLBACKEND=Agg $(if $(filter paper,$(PROFI
              "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --nolock --rerun-incomplete
 WORDS      = --config profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(CONFIG)
 
-.PHONY: help venv export test smoke reproduce plan lab notebooks clean
+.PHONY: help venv export test smoke reproduce plan readme lab notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,7 +43,8 @@ smoke: ## the same in its smallest form (PROFILE=smoke)
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
 plan: $(STAMP) ## say what reproduce would run, and run nothing
-	@$(SNAKEMAKE) --dry-run --quiet host reason rules $(WORDS)
+	@set -o pipefail; $(SNAKEMAKE) --dry-run --quiet host reason rules $(WORDS) | awk '/^Job stats/ { tables++ } tables < 2'
+	@echo "GPU hours, disk and teacher cost: not measured yet."
 
 test: $(STAMP) ## repository checks, every notebook, then the tests with the smallest reproduction
 	$(ONE_CORE) "$(BIN)/pytest" -q tests/test_repository.py
@@ -59,6 +61,9 @@ notebooks: $(STAMP) ## run every notebook again in place, in the order of their 
 	  $(ONE_CORE) "$(BIN)/jupyter-nbconvert" --log-level=ERROR --to notebook --execute --inplace "$$notebook"; \
 	done
 	"$(BIN)/nbdev-clean"
+
+readme: $(STAMP) ## write the results of figures/mini into README.md
+	@"$(BIN)/python" -c 'import pandas; from catto.report import update_readme; update_readme("README.md", pandas.read_csv("figures/mini/table01.csv"))'
 
 lab: $(STAMP) ## open JupyterLab in nbs/
 	cd nbs && "$(BIN)/jupyter-lab"

@@ -5,12 +5,17 @@
 import dataclasses
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
 from catto.settings import fingerprint, load
 
 ini = config.get("settings", "settings.ini")
 root = config.get("root", ".")  # data/runs and figures are written below it
 words = {"seeds": str(config["seeds"])} if "seeds" in config else {}
-settings = load(config.get("profile", "mini"), file=ini, **words)
+try:
+    settings = load(config.get("profile", "mini"), file=ini, **words)
+except (ValueError, FileNotFoundError) as error:
+    raise WorkflowError(str(error)) from None
 
 # With group_methods one kernel trains all methods of a (task, seed); without, each method is a job of its own.
 groups = {"all": settings.methods} if settings.group_methods else {m: (m,) for m in settings.methods}

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'COLUMNS', 'TEMPLATE', 'ANSWER_PREFIX', 'CLUES', 'OBJECTS', 'SUBJECTS', 'SPLITS', 'HUB', 'Task',
-           'validate_questions', 'format_prompt', 'format_response', 'parse_answer', 'parse_reasoning', 'label_token',
-           'object_effects', 'subject_sharpness', 'world_posterior', 'question_key', 'mini_question', 'HubData',
-           'load_questions', 'check_leakage', 'Teacher', 'SamplingTeacher', 'RehearsalTeacher', 'build_sft',
+           'validate_questions', 'format_prompt', 'system_prompt', 'format_response', 'parse_answer', 'parse_reasoning',
+           'label_token', 'object_effects', 'subject_sharpness', 'world_posterior', 'question_key', 'mini_question',
+           'HubData', 'load_questions', 'check_leakage', 'Teacher', 'SamplingTeacher', 'RehearsalTeacher', 'build_sft',
            'build_preferences', 'make_teacher', 'prepare_data']
 
 # %% ../nbs/02_data_gen.ipynb #23a2fcf4
+import functools
 import hashlib
 import json
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 from .settings import TASK_NAMES, code_hash, file_hash, load, run_folder, run_step
@@ -68,9 +70,10 @@ def validate_questions(
     rows = list(questions)
     if not rows:
         raise ValueError("no questions: the data set is empty")
-    if missing := [c for c in COLUMNS if c not in rows[0]]:
-        raise ValueError(f"questions lack the columns {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
     for row in rows:
+        if missing := [c for c in COLUMNS if c not in row]:
+            raise ValueError(f"questions lack the columns {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
+        _task(row["task"])
         reason = _fault(row)
         if reason:
             raise ValueError(f"question {row['id']!r}: {reason}")
@@ -82,7 +85,7 @@ def validate_questions(
 
 def _fault(row):
     "What is wrong with a question, or ''."
-    options, choices = list(row["options"]), list(row["choices"] or [])
+    options, choices = list(row["options"] or []), list(row["choices"] or [])
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():
         return "empty prompt"
     for name, texts in (("options", options), ("choices", choices)):
@@ -129,6 +132,13 @@ def format_prompt(
     return text + "".join(f"{o}: {c}\n" for o, c in zip(question["options"], question["choices"] or []))
 
 # %% ../nbs/02_data_gen.ipynb #23a2fcf4-6
+def system_prompt(
+    question,  # a row with task and options
+):  # the prompt up to the question itself
+    "Role, task and form of the answer: how `format_prompt` begins."
+    return format_prompt({**question, "prompt": "", "choices": []}).rpartition("\n\n")[0]
+
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-7
 ANSWER_PREFIX = "<answer>"
 
 
@@ -136,31 +146,36 @@ def format_response(reasoning, label):
     "A response in the template's form."
     return f"<think> {reasoning} </think>\n{ANSWER_PREFIX} {label} </answer>"
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-7
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-8
 def parse_answer(
     text,  # a response
     options,  # labels accepted
     choices=None,  # texts of the options, accepted in place of their labels
 ):  # the label, or None
     "The label that `text` answers with, or None when it is not exactly one of `options`."
+    def bare(words):
+        return " ".join(words.split()).strip(" ()[]{}*\"'`.").casefold()
+
     visible = text.rpartition("</think>")[2]
     _, found, answer = visible.rpartition(ANSWER_PREFIX)
     if not found:
         return None
-    answer = answer.partition("</answer>")[0].strip(" \t\r\n()[]{}*\"'`.").casefold()
-    for label in options:
-        if re.fullmatch(re.escape(label.casefold()) + r"(\s*[.:)\]].*)?", answer, flags=re.DOTALL):
+    answer = bare(answer.partition("</answer>")[0])
+    texts = [bare(c) for c in choices or []]
+    for i, label in enumerate(options):
+        own = rf"(\s*[.:)\]]\s*{re.escape(texts[i])})?" if texts else ""  # the label may be followed by its text
+        if re.fullmatch(re.escape(label.casefold()) + own, answer):
             return label
-    texts = [c.strip().casefold() for c in choices or []]
     return options[texts.index(answer)] if texts.count(answer) == 1 else None
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-8
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-9
 def parse_reasoning(text):
     "The reasoning trace of a response, '' if it has none."
-    before, found, _ = text.rpartition("</think>")
-    return before.rpartition("<think>")[2].strip() if found else ""
+    before = text.rpartition("</think>")[0]
+    _, opened, inside = before.partition("<think>")
+    return (inside if opened else before).strip()
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-9
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-10
 def label_token(
     ids,  # token ids of a response, list of int
     tokenizer,  # its tokenizer
@@ -184,7 +199,7 @@ def label_token(
         low, high = (low, middle) if len(decode(middle)) > character else (middle, high)
     return low
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-10
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-11
 CLUES = ("no", "faint", "some", "clear", "strong")  # strengths 0 to 4
 OBJECTS = tuple(
     "apple boat candle drum engine feather garden hammer island jacket kettle ladder "
@@ -199,10 +214,12 @@ _QUERY = {
 }
 
 
+@functools.cache
 def object_effects(task):
     "w: what each object's name says in `task` [nats], shape (24,). Fixed for ever, the same for every seed."
-    rng = np.random.default_rng([_stable(task), 1])
-    return _task(task).object_effect * rng.standard_normal(len(OBJECTS))
+    effects = _task(task).object_effect * np.random.default_rng([_stable(task), 1]).standard_normal(len(OBJECTS))
+    effects.flags.writeable = False  # it is shared by all callers
+    return effects
 
 
 def subject_sharpness(subject):
@@ -221,7 +238,7 @@ def world_posterior(evidence, effect, sharpness):
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-11
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-12
 def question_key(
     question,  # a row with task, prompt, choices
 ):  # text
@@ -232,9 +249,9 @@ def question_key(
 
 
 def _content_split(key):
-    return {0: "validation", 1: "test"}.get(_stable("split|" + key) % 10, "train")
+    return ("train", "train", "train", "validation", "test")[_stable("split|" + key) % 5]
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-12
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-13
 def mini_question(
     task,  # task name
     rng,  # numpy Generator
@@ -260,7 +277,7 @@ def mini_question(
     return {"task": task, "prompt": query, "options": options, "choices": choices,
             "label": options[label], "posterior": posterior.tolist()}
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-13
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-14
 SPLITS = ("train", "validation", "test")
 
 
@@ -275,22 +292,26 @@ def _mini_questions(task, split, seed, n):
             rows[key] = {"id": f"{task}-{_stable(key):08x}-{len(rows)}", **row, "split": split}
     return list(rows.values())
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-14
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-15
 def _adapt_commonsense_qa(row, rng):
     "A hub row -> (question without split, ''), or (None, why it is dropped)."
-    letters, texts = list(row["choices"]["label"]), list(row["choices"]["text"])
+    if not isinstance(row["choices"], dict):
+        raise ValueError(f"commonsense_qa row {row['id']!r}: choices must be a dict of two lists, 'label' and 'text'")
+    letters, texts = list(row["choices"]["label"]), [" ".join((t or "").split()) for t in row["choices"]["text"]]
     if not row["answerKey"]:
         return None, "hidden label"
     if row["answerKey"] not in letters:
         return None, f"label {row['answerKey']!r} outside the options"
+    if letters != list("ABCDE"[: len(texts)]):
+        return None, "choices not named A to E"
     order = rng.permutation(len(texts))
     question = {
         "id": str(row["id"]),
         "task": "commonsense_qa",
-        "prompt": " ".join(row["question"].split()),
-        "options": list("ABCDE"[: len(texts)]),
-        "choices": [" ".join(texts[i].split()) for i in order],
-        "label": "ABCDE"[int(np.argwhere(order == letters.index(row["answerKey"]))[0, 0])],
+        "prompt": " ".join((row["question"] or "").split()),
+        "options": letters,
+        "choices": [texts[i] for i in order],
+        "label": letters[order.tolist().index(letters.index(row["answerKey"]))],
         "split": "",
     }
     fault = _fault(question)
@@ -309,53 +330,75 @@ HUB = {
     "commonsense_qa": HubData("tau/commonsense_qa", ("id", "question", "choices", "answerKey"), _adapt_commonsense_qa),
 }
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-15
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-16
+def _source_file(source, split):
+    "The file of a split in a folder. Raises `FileNotFoundError` naming what is accepted."
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"source {str(source)!r} is not a folder; accepted are 'mini', 'hub' or a folder with {split}.jsonl")
+    for file in (folder / f"{split}.jsonl", folder / f"{split}.parquet"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"folder {folder.name!r} has no {split}.jsonl or {split}.parquet")
+
+
+def _input_hashes(source):
+    "Hashes of the files a folder gives to `load_questions`, by name; none for the mini world and the hub."
+    if source in ("mini", "hub"):
+        return {}
+    return {file.name: file_hash(file) for file in (_source_file(source, split) for split in ("train", "validation"))}
+
+
+def _read_file(path):
+    "Rows of a .jsonl or .parquet file as dicts. Raises `ValueError` naming the file."
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path).to_pylist()
+        with open(path, encoding="utf-8") as file:  # line by line: str.splitlines would also split at U+2028
+            return [json.loads(line) for line in file if line.strip()]
+    except ValueError as error:  # of json, of pyarrow and of a wrong encoding
+        raise ValueError(f"{path.name} in folder {path.parent.name!r} cannot be read: {error}") from error
+
+
 def _read(task, source, split):
-    "Rows of a hub split as a Dataset. Raises for an unknown source, a missing file, or missing columns."
+    "Rows of a hub split as dicts. Raises for an unknown source, a missing or empty file, or missing columns."
     if task not in HUB:
         raise ValueError(f"task {task!r} has no loader for source {str(source)!r}; source='mini' or one of {', '.join(HUB)} is accepted")
     hub = HUB[task]
-    if source == "hub":
-        rows = load_dataset(hub.name, split=split)
-    else:
-        folder = Path(source)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"source {str(source)!r} is not a folder; accepted are 'mini', 'hub' or a folder with {split}.jsonl")
-        files = [f for f in (folder / f"{split}.jsonl", folder / f"{split}.parquet") if f.is_file()]
-        if not files:
-            raise FileNotFoundError(f"folder {folder.name!r} has no {split}.jsonl or {split}.parquet")
-        rows = load_dataset("json" if files[0].suffix == ".jsonl" else "parquet", data_files=str(files[0]), split="train")
-    if missing := [c for c in hub.columns if c not in rows.column_names]:
-        raise ValueError(f"{task} from {str(source)!r} lacks the columns {', '.join(missing)}; needed are {', '.join(hub.columns)}")
+    rows = list(load_dataset(hub.name, split=split)) if source == "hub" else _read_file(_source_file(source, split))
+    if not rows:
+        raise ValueError(f"{task} {split} from {str(source)!r} has no rows")
+    for row in rows:
+        if missing := [c for c in hub.columns if c not in row]:
+            raise ValueError(f"{task} {split} from {str(source)!r} lacks the columns {', '.join(missing)}; needed are {', '.join(hub.columns)}")
     return rows
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-16
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-17
 def _hub_questions(task, source, split, seed, dropped):
-    "Questions of one split from hub rows, in the seed's order."
+    "Questions of one split from hub rows, in the seed's order. Each row that is not returned is counted in `dropped`."
     def adapted(hub_split):
-        rows = []
+        seen, pairs = set(), []  # (question or None, reason) for each row; a repeated question counts once
         for row in _read(task, source, hub_split):
             question, reason = HUB[task].adapt(row, np.random.default_rng([_stable(str(row["id"])), seed]))
-            if question is None:
-                dropped[reason] += 1
-            else:
-                rows.append(question)
-        return rows
+            if question and question_key(question) in seen:
+                question, reason = None, "repeated question"
+            if question:
+                seen.add(question_key(question))
+            pairs.append((question, reason))
+        return pairs, seen
 
-    rows = adapted("train" if split == "train" else "validation")
-    order = np.random.default_rng([_stable(task), seed]).permutation(len(rows))
+    pairs, _ = adapted("train" if split == "train" else "validation")
+    order = np.random.default_rng([_stable(task), seed]).permutation(len(pairs))
     if split == "train":
-        held_out = {question_key(q) for q in map(lambda r: HUB[task].adapt(r, np.random.default_rng(0))[0], _read(task, source, "validation")) if q}
-        kept = [rows[i] for i in order if question_key(rows[i]) not in held_out]
-        dropped["also in the evaluation split"] += len(rows) - len(kept)
+        held_out = adapted("validation")[1]
+        pairs = [(None, "also in the evaluation split") if q and question_key(q) in held_out else (q, r) for q, r in pairs]
     else:
-        half = len(rows) // 2
-        kept = [rows[i] for i in (order[:half] if split == "validation" else order[half:])]
-    unique = list({question_key(row): row for row in kept}.values())
-    dropped["repeated question"] += len(kept) - len(unique)
-    return unique
+        half = len(pairs) // 2
+        order = order[:half] if split == "validation" else order[half:]
+    dropped.update(pairs[i][1] for i in order if pairs[i][0] is None)
+    return [pairs[i][0] for i in order if pairs[i][0] is not None]
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-17
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-18
 def load_questions(
     task,  # one of TASKS
     source="mini",  # "mini", "hub", or a folder with <split>.jsonl or <split>.parquet in the hub's columns
@@ -368,6 +411,8 @@ def load_questions(
     _task(task)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: accepted are {', '.join(SPLITS)}")
+    if n < 0:
+        raise ValueError(f"n = {n}: 0 (all) or a number of questions is accepted")
     counts = Counter()
     if source == "mini":
         rows = _mini_questions(task, split, seed, n or 500)
@@ -376,14 +421,13 @@ def load_questions(
         if n > len(rows):
             print(f"{task} {split}: {n} questions asked for, {len(rows)} there are")
         rows = [{**row, "split": split} for row in rows[: n or None]]
-    counts += Counter()  # forgets the reasons that never occurred
     if counts:
         print(f"{task} {split}: dropped {dict(counts)}")
     if dropped is not None:
         dropped.update(counts)
     return Dataset.from_list(list(validate_questions(rows)))
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-18
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-19
 def check_leakage(
     train,  # training questions
     held_out,  # validation and test questions of every seed
@@ -395,7 +439,7 @@ def check_leakage(
         raise ValueError(f"leakage: {len(leaked)} training questions are also held out, such as {leaked[0][0]!r} = {leaked[0][1]!r}")
     return len(keys)
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-19
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-20
 class Teacher:
     "Answers questions. A subclass writes `answer(question, temperature, rng) -> text`."
 
@@ -411,7 +455,7 @@ class Teacher:
         "The response to one question; the same arguments give the same text."
         return self.answer(question, temperature, np.random.default_rng([self.seed, _stable(question["id"]), sample]))
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-20
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-21
 class SamplingTeacher(Teacher):
     "The teacher of the mini world: reads the clues of a question, misreads some, and samples an answer."
     misreading = 0.12  # probability to misread a clue by one step, at temperature 1
@@ -420,6 +464,8 @@ class SamplingTeacher(Teacher):
         labels = _task(question["task"]).labels
         text = " ".join(question["choices"]) or question["prompt"]
         found = re.findall(rf"\b({'|'.join(CLUES)}) and ({'|'.join(CLUES)})\b", text)
+        if len(found) != len(labels):
+            raise ValueError(f"question {question['id']!r} is not of the mini world, which alone this teacher can read")
         clues = np.array([[CLUES.index(a), CLUES.index(b)] for a, b in found])
         wrong = rng.random(clues.shape) < self.misreading * temperature
         clues = np.clip(clues + wrong * rng.choice([-1, 1], clues.shape), 0, len(CLUES) - 1)
@@ -428,7 +474,7 @@ class SamplingTeacher(Teacher):
         reasoning = ", ".join(f"{label} {e}" for label, e in zip(labels, evidence))
         return format_response(reasoning, labels[rng.choice(len(labels), p=p)])
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-21
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-22
 class RehearsalTeacher(Teacher):
     "Templated reasoning; a wrong answer with probability `error_rate`, whatever the temperature."
 
@@ -444,7 +490,7 @@ class RehearsalTeacher(Teacher):
         opening = ("Comparing the choices", "Reading the prompt again", "Step by step")[rng.integers(3)]
         return format_response(f"{opening}, choice {label} fits best.", label)
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-22
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-23
 def build_sft(
     questions,  # training questions
     responses,  # response texts, one for each question
@@ -459,7 +505,7 @@ def build_sft(
             rows.append({
                 "id": question["id"],
                 "question": question["prompt"],
-                "system_prompt": format_prompt({**question, "prompt": "", "choices": []}),
+                "system_prompt": system_prompt(question),
                 "prompt": format_prompt(question),
                 "completion": text,
                 "answer": answer,
@@ -470,7 +516,7 @@ def build_sft(
         raise ValueError(f"no SFT rows: none of {len(questions)} responses matches its label ({dict(counts)})")
     return Dataset.from_list(rows), counts
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-23
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-24
 def build_preferences(
     questions,  # training questions
     responses,  # for each question, the list of its response texts
@@ -495,11 +541,15 @@ def build_preferences(
             chosen, rejected = correct[pick // len(incorrect)], incorrect[pick % len(incorrect)]
             rows.append({
                 "id": question["id"],
+                "question": question["prompt"],
+                "system_prompt": system_prompt(question),
                 "prompt": format_prompt(question),
                 "chosen": chosen,
                 "rejected": rejected,
                 "label": question["label"],
                 "rejected_answer": parse_answer(rejected, question["options"], question["choices"]),
+                "chosen_reasoning": parse_reasoning(chosen),
+                "rejected_reasoning": parse_reasoning(rejected),
                 "n_correct": len(correct),
                 "n_incorrect": len(incorrect),
             })
@@ -507,7 +557,7 @@ def build_preferences(
         raise ValueError(f"no preference rows from {len(questions)} questions ({dict(counts)})")
     return Dataset.from_list(rows), counts
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-24
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-25
 def make_teacher(settings, seed):
     "The teacher that the settings name."
     if settings.teacher == "rehearsal":
@@ -519,13 +569,37 @@ def _ask(teacher, questions, samples, low, high, seed):
     "Responses as rows id, sample, temperature, text; temperatures uniform on [low, high]."
     rows = []
     for question in questions:
-        rng = np.random.default_rng([seed, _stable(question["id"]), 9])
+        rng = np.random.default_rng([seed, _stable("temperature|" + question["id"])])
         for sample, temperature in zip(samples, rng.uniform(low, high, len(samples))):
             text = teacher.respond(question, sample, float(temperature))
             rows.append({"id": question["id"], "sample": sample, "temperature": float(temperature), "text": text})
     return pd.DataFrame(rows)
 
-# %% ../nbs/02_data_gen.ipynb #23a2fcf4-25
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-26
+def _build_tables(settings, task, seed, checked):
+    "All tables of one (task, seed) by name, and the counts of what was kept and dropped."
+    dropped, tables = Counter(), {}
+    sizes = dict(zip(SPLITS, (settings.train_questions, settings.validation_questions, settings.test_questions)))
+    for split, n in sizes.items():
+        tables[split] = load_questions(task, settings.source, split, seed, n, dropped)
+    held_out = [q for split in SPLITS[1:] for s in checked
+                for q in load_questions(task, settings.source, split, s, sizes[split]).to_list()]
+    compared = check_leakage(tables["train"], held_out)
+    check_leakage(tables["validation"], tables["test"])
+    train = tables["train"].to_list()
+    asked = train[: settings.preference_questions or None]
+    teacher = make_teacher(settings, seed)
+    first = _ask(teacher, train, [0], settings.sft_temperature, settings.sft_temperature, seed)
+    many = _ask(teacher, asked, range(1, settings.preference_samples + 1), settings.temperature_low, settings.temperature_high, seed)
+    tables["responses"] = Dataset.from_pandas(pd.concat([first, many]), preserve_index=False)
+    tables["sft"], sft = build_sft(train, first["text"].tolist())
+    texts = many["text"].to_numpy().reshape(len(asked), settings.preference_samples).tolist()
+    tables["preferences"], preferences = build_preferences(asked, texts, settings.min_correct, settings.min_incorrect,
+                                                           settings.pairs_per_question, np.random.default_rng(seed))
+    return tables, {"rows": {name: len(t) for name, t in tables.items()}, "dropped_questions": dict(dropped),
+                    "sft": dict(sft), "preferences": dict(preferences), "held_out_compared": compared}
+
+# %% ../nbs/02_data_gen.ipynb #23a2fcf4-27
 def prepare_data(
     settings,  # Settings
     task,  # training task
@@ -539,31 +613,13 @@ def prepare_data(
              "min_correct", "min_incorrect", "pairs_per_question")
     checked = sorted({seed, *settings.seeds, *range(5)})  # the paper's seeds are always among those that must not leak
     key = {"step": "data", "task": task, "seed": seed, "settings": {n: getattr(settings, n) for n in names},
-           "seeds_checked": checked, "code": code_hash("data", "settings")}
+           "seeds_checked": checked, "inputs": _input_hashes(settings.source), "code": code_hash("data", "settings")}
 
     def work():
+        tables, facts = _build_tables(settings, task, seed, checked)
         folder.mkdir(parents=True, exist_ok=True)
-        dropped, tables = Counter(), {}
-        sizes = dict(zip(SPLITS, (settings.train_questions, settings.validation_questions, settings.test_questions)))
-        for split, n in sizes.items():
-            tables[split] = load_questions(task, settings.source, split, seed, n, dropped)
-        held_out = [q for split in SPLITS[1:] for s in checked
-                    for q in load_questions(task, settings.source, split, s, sizes[split])]
-        compared = check_leakage(tables["train"], held_out)
-        check_leakage(tables["validation"], tables["test"])
-        asked = tables["train"].select(range(min(len(tables["train"]), settings.preference_questions or len(tables["train"]))))
-        teacher = make_teacher(settings, seed)
-        first = _ask(teacher, tables["train"], [0], settings.sft_temperature, settings.sft_temperature, seed)
-        many = _ask(teacher, asked, range(1, settings.preference_samples + 1), settings.temperature_low, settings.temperature_high, seed)
-        tables["responses"] = Dataset.from_pandas(pd.concat([first, many]), preserve_index=False)
-        tables["sft"], sft_counts = build_sft(tables["train"], first["text"].tolist())
-        texts = many["text"].to_numpy().reshape(len(asked), settings.preference_samples).tolist()
-        tables["preferences"], counts = build_preferences(asked, texts, settings.min_correct, settings.min_incorrect,
-                                                          settings.pairs_per_question, np.random.default_rng(seed))
         for name, table in tables.items():
-            table.to_parquet(folder / f"{name}.parquet")
-        facts = {"rows": {name: len(t) for name, t in tables.items()}, "dropped_questions": dict(dropped),
-                 "sft": dict(sft_counts), "preferences": dict(counts), "held_out_compared": compared}
+            pq.write_table(table.with_format("arrow")[:], folder / f"{name}.parquet")  # to_parquet would draw a progress bar
         return facts, [folder / f"{name}.parquet" for name in tables]
 
     return run_step(folder / "manifest.json", key, work)

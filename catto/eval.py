@@ -257,48 +257,79 @@ def noise_floor(
     return NoiseFloor(float(draws.mean()), *(float(q) for q in np.quantile(draws, (0.025, 0.975))))
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-13
-_TIE = 1e-9  # a sum of gaps below this is a tie: what is left of an exact 0 after rounding depends on d_i itself
+_TIE = 1e-9  # a sum of gaps below this is a tie: what is left of an exact 0 after rounding must choose no sign
 
 
+def _cross_fitted(
+    bins: np.ndarray,  # bin index of each question, shape (N,)
+    gap: np.ndarray,  # c - Z of each question, shape (..., N); all rows share the bins and the splits
+    n_splits: int,  # random halves
+    rng: np.random.Generator,
+) -> np.ndarray:  # shape (...)
+    "Mean over splits of sum_m sign(A_m) B_m + sign(B_m) A_m, divided by N."
+    total = 0.0
+    for m in np.unique(bins):
+        d = gap[..., bins == m]
+        n = d.shape[-1]
+        step = max(1, _CELLS // n)
+        for start in range(0, n_splits, step):
+            half = np.zeros((min(step, n_splits - start), n))
+            half[:, : n // 2] = 1
+            rng.permuted(half, axis=1, out=half)  # row by row: `step` does not change the numbers
+            a = d @ half.T
+            b = d.sum(-1, keepdims=True) - a
+            sign_a, sign_b = (np.where(np.abs(x) < _TIE, 0.0, np.sign(x)) for x in (a, b))
+            total = total + (sign_a * b + sign_b * a).sum(-1)
+    return total / (gap.shape[-1] * n_splits)
+
+# %% ../nbs/04_eval.ipynb #23a2fcf4-14
 def debiased_ece(
     confidence,  # c_i: probability of the predicted label, shape (N,)
     correct,  # Z_i: 1 if the predicted label is right, shape (N,)
     n_bins: int = 20,  # M
+    n_splits: int = 200,  # random halves of every bin
+    rng: np.random.Generator | None = None,  # None: default_rng(0), so that two calls agree
 ) -> float:  # in [-1, 1]; 0 on average if the model is calibrated
-    "ECE (Eq. 16) with each question's sign chosen by the others in its bin. ValueError as in `expected_calibration_error`."
+    """ECE (Eq. 16) with the sign of each half of a bin chosen by the other half, averaged over random halves.
+    ValueError as in `expected_calibration_error`, and for `n_splits`."""
     confidence, correct = _validated(confidence, correct, n_bins)
-    bins, gap = _bin_index(confidence, n_bins), confidence - correct
-    others = np.bincount(bins, gap, n_bins)[bins] - gap
-    sign = np.where(np.abs(others) < _TIE, 0.0, np.sign(others))
-    return float((sign * gap).mean())
+    _whole(n_splits, "n_splits")
+    rng = np.random.default_rng(0) if rng is None else rng
+    order = np.lexsort((correct, confidence))  # by confidence, then correct
+    confidence, correct = confidence[order], correct[order]
+    return float(_cross_fitted(_bin_index(confidence, n_bins), confidence - correct, n_splits, rng))
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-14
-def _ece_interval(
+# %% ../nbs/04_eval.ipynb #23a2fcf4-15
+def _ece_bootstrap(
     confidence: np.ndarray,  # checked, float64, shape (N,)
     correct: np.ndarray,  # checked, float64, shape (N,)
     n_bins: int,  # M
     n_resamples: int,  # bootstrap samples
     rng: np.random.Generator,
-) -> tuple:  # (low, high), both nan where BCa is not defined
-    "95% BCa interval of Eq. 16 over questions."
-    n = len(confidence)
-    if n < 2:  # the jackknife in BCa needs a question to leave out
-        return float("nan"), float("nan")
+):  # scipy's BootstrapResult: the BCa interval and the ECE of every resample
+    "Bootstrap of Eq. 16 over questions, N >= 2: the jackknife in BCa needs a question to leave out."
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         warnings.simplefilter("ignore", DegenerateDataWarning)  # all resamples equal: nan says so already
-        interval = bootstrap(
+        return bootstrap(
             (_bin_index(confidence, n_bins), confidence - correct),
             lambda bins, gap, axis: _ece(bins, gap, n_bins),
             paired=True,
             vectorized=True,
             n_resamples=n_resamples,
-            batch=max(1, _CELLS // n),
+            batch=max(1, _CELLS // len(confidence)),
             method="BCa",
             rng=rng,
-        ).confidence_interval
+        )
+
+
+def _ece_interval(confidence, correct, n_bins, n_resamples, rng) -> tuple:
+    "95% BCa interval of Eq. 16, (low, high); both nan where it is not defined."
+    if len(confidence) < 2:
+        return float("nan"), float("nan")
+    interval = _ece_bootstrap(confidence, correct, n_bins, n_resamples, rng).confidence_interval
     return float(interval.low), float(interval.high)
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-15
+# %% ../nbs/04_eval.ipynb #23a2fcf4-16
 def _scores(c: np.ndarray, z: np.ndarray) -> dict:
     "Scores of the binary event `correct` that need no bins."
     # log_loss clips c to [2.2e-16, 1 - 2.2e-16]: one wrong answer at confidence 1 costs 36.04 nats, not infinity.
@@ -318,7 +349,7 @@ def _extras(c: np.ndarray, p_correct, parsed) -> dict:
         oracle_error=float("nan") if p_correct is None else np.abs(c - p_correct).mean(),
     )
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-16
+# %% ../nbs/04_eval.ipynb #23a2fcf4-17
 def calibration_report(
     confidence,  # c_i: probability of the predicted label, shape (N,)
     correct,  # Z_i: 1 if the predicted label is right, shape (N,)
@@ -328,8 +359,9 @@ def calibration_report(
     n_resamples: int = 1000,  # for the interval and for the noise floor
     rng: np.random.Generator | None = None,  # None: default_rng(0), so that a report can be made again
 ) -> dict:  # plain floats and ints
-    """Eq. 16 and what travels with it. What cannot be computed is nan: the interval at n = 1 or without variation,
-    `auroc` with one class, `parse_rate` without `parsed`, `oracle_error` without `p_correct`.
+    """Eq. 16 and what travels with it. What cannot be computed is nan: the interval at n = 1, without variation
+    or with no resample as low as the data, `auroc` with one class, `parse_rate` without `parsed`, `oracle_error`
+    without `p_correct`.
     ValueError as in `expected_calibration_error`, also for `p_correct`, `parsed` and `n_resamples`."""
     c, z = _validated(confidence, correct, n_bins)
     _whole(n_resamples, "n_resamples")
@@ -337,12 +369,12 @@ def calibration_report(
     low, high = _ece_interval(c, z, n_bins, n_resamples, rng)
     floor = noise_floor(c, n_bins, n_resamples, rng)
     numbers = dict(accuracy=z.mean(), mean_confidence=c.mean(), ece=expected_calibration_error(c, z, n_bins))
-    numbers |= dict(ece_low=low, ece_high=high, ece_debiased=debiased_ece(c, z, n_bins), ece_smooth=relplot.smECE(c, z))
+    numbers |= dict(ece_low=low, ece_high=high, ece_debiased=debiased_ece(c, z, n_bins, rng=rng), ece_smooth=relplot.smECE(c, z))
     numbers |= dict(ece_floor=floor.mean, ece_floor_low=floor.low, ece_floor_high=floor.high)
     numbers |= _scores(c, z) | _extras(c, p_correct, parsed)
     return {"n": len(c)} | {key: float(value) for key, value in numbers.items()} | {"n_bins": int(n_bins)}
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-17
+# %% ../nbs/04_eval.ipynb #23a2fcf4-18
 def first_tokens(
     tokenizer,  # tokenizer of the model
     labels,  # label set
@@ -356,7 +388,7 @@ def first_tokens(
                              "their confidence cannot be told apart")
     return ids
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-18
+# %% ../nbs/04_eval.ipynb #23a2fcf4-19
 def _open_answer(text):
     "A response without a valid label, cut or completed so that the label comes next."
     before, found, _ = text.rpartition(ANSWER_PREFIX)
@@ -365,7 +397,7 @@ def _open_answer(text):
     text = text.rstrip()
     return text + ("\n" if "</think>" in text else " </think>\n") + ANSWER_PREFIX
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-19
+# %% ../nbs/04_eval.ipynb #23a2fcf4-20
 def _left_pad(rows, pad_id, device):
     "Token lists -> (input_ids, attention_mask), each (B, T), padded on the left."
     width = max(map(len, rows))
@@ -390,7 +422,7 @@ def _next_token_probs(model, tokenizer, rows):
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, -1]
     return logits.float().log_softmax(-1).exp().cpu()
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-20
+# %% ../nbs/04_eval.ipynb #23a2fcf4-21
 def _answer_position(question, generated, tokenizer):
     "(predicted label or None, token ids before the label, first token of each label) for one response."
     text = tokenizer.decode(generated, clean_up_tokenization_spaces=False)
@@ -404,7 +436,7 @@ def _answer_position(question, generated, tokenizer):
     lead = rest[: len(rest) - len(rest.lstrip(" \t\r\n>([{*\"'`"))]
     return predicted, generated[:position], first_tokens(tokenizer, question["options"], lead)
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-21
+# %% ../nbs/04_eval.ipynb #23a2fcf4-22
 @torch.no_grad()
 def predict(
     model,  # causal language model
@@ -439,7 +471,7 @@ def predict(
     model.train(training)
     return Dataset.from_list(rows)
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-22
+# %% ../nbs/04_eval.ipynb #23a2fcf4-23
 def evaluate_method(
     settings,  # Settings
     task,  # training task; its test split is the one predicted
@@ -467,7 +499,7 @@ def evaluate_method(
 
     return run_step(folder / "eval.json", key, work)
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-23
+# %% ../nbs/04_eval.ipynb #23a2fcf4-24
 def load_model(
     path,  # folder of a saved model, or a model name
     dtype="float32",  # float32 or bfloat16

@@ -418,7 +418,7 @@ def test_a_response_depends_on_seed_question_and_sample_alone(kind):
 
 @every_task
 def test_the_sampler_errs_more_when_hot(task):
-    questions = [q for seed in range(3) for q in mini(task, seed=seed)]
+    questions = [q for seed in range(2) for q in mini(task, seed=seed)]
     cold, hot = errors(SamplingTeacher(), questions, 0.5), errors(SamplingTeacher(), questions, 1.5)
     assert cold + 0.03 < hot < 1 - 1 / len(TASKS[task].labels)
     assert cold > 1 - np.mean([max(q["posterior"]) for q in questions]) - 3 * np.sqrt(0.25 / len(questions))
@@ -525,7 +525,7 @@ def only_manifest(root):
     return next(Path(root).rglob("manifest.json"), None)
 
 
-@every_task
+@pytest.mark.parametrize("task", ["anli", "tldr", "mmlu"])
 def test_files_agree_with_their_manifest(small, tmp_path, task):
     manifest = prepare_data(small(seeds="1 7"), task, 1, tmp_path)
     assert json.loads(only_manifest(tmp_path).read_text())["rows"] == manifest["rows"]
@@ -551,14 +551,14 @@ def test_done_work_is_left_alone_and_new_settings_are_not(small, tmp_path):
     assert prepare_data(small(test_questions=21), "snli", 0, tmp_path)["rows"]["test"] == 21
 
 
-@pytest.mark.parametrize("name", [*SPLITS, "responses", "sft", "preferences"])
-def test_a_truncated_file_is_built_again(small, tmp_path, name):
+def test_a_truncated_file_is_built_again(small, tmp_path):
     prepare_data(small(), "tldr", 0, tmp_path)
     before = contents_of(tmp_path)
-    path = next(p for p in before if p.stem == name)
-    path.write_bytes(before[path][:-9])
-    prepare_data(small(), "tldr", 0, tmp_path)
-    assert contents_of(tmp_path) == before
+    assert {path.stem for path in before} == {*SPLITS, "responses", "sft", "preferences"}
+    for path, content_before in before.items():
+        path.write_bytes(content_before[:-9])
+        prepare_data(small(), "tldr", 0, tmp_path)
+        assert contents_of(tmp_path) == before
 
 
 def test_interrupted_work_leaves_no_manifest(small, tmp_path, monkeypatch):
@@ -576,18 +576,18 @@ def test_interrupted_work_leaves_no_manifest(small, tmp_path, monkeypatch):
         assert list(contents_of(root).values()) == list(contents_of(tmp_path / "whole").values())
 
 
-@pytest.mark.parametrize("into, seed", [("validation", 0), ("test", 0), ("test", 1)], ids=["validation", "test", "test of another seed"])
-def test_leaked_questions_stop_the_build(small, tmp_path, monkeypatch, into, seed):
+@pytest.mark.parametrize("origin, into, seed", [("train", "validation", 0), ("train", "test", 0), ("train", "test", 1), ("validation", "test", 0)])
+def test_leaked_questions_stop_the_build(small, tmp_path, monkeypatch, origin, into, seed):
     real = load_questions
 
     def leaky(task, source, split, s, n, *rest):
         questions = real(task, source, split, s, n, *rest).to_list()
         if (split, s) == (into, seed):
-            questions[3] = {**real(task, source, "train", 0, 60)[7], "id": "another id"}
+            questions[3] = {**real(task, source, origin, 0, 20)[7], "id": "another id"}
         return data.Dataset.from_list(questions)
 
     monkeypatch.setattr(data, "load_questions", leaky)
-    with pytest.raises(ValueError, match="leakage: 1 training questions .*another id"):
+    with pytest.raises(ValueError, match="leakage: 1 .*another id"):
         prepare_data(small(seeds="0 1"), "mmlu", 0, tmp_path)
     assert only_manifest(tmp_path) is None and not contents_of(tmp_path)
 

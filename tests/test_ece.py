@@ -1,6 +1,8 @@
 """ECE and what travels with it: the edge rule, other implementations, the debiased value, the interval, the refusals."""
+import functools
 import itertools
 import warnings
+from fractions import Fraction
 
 import matplotlib
 import numpy as np
@@ -98,8 +100,9 @@ def test_constant_confidence_is_the_difference_of_means():
 def test_order_does_not_matter():
     c, z = data(400)
     order = np.random.default_rng(1).permutation(400)
-    for function in (expected_calibration_error, debiased_ece):
-        assert function(c[order], z[order]) == pytest.approx(function(c, z), abs=1e-14)
+    assert expected_calibration_error(c[order], z[order]) == pytest.approx(expected_calibration_error(c, z), abs=1e-14)
+    for ties in (c, c.round(1), np.full(400, 0.8)):  # the splits are the same, so this is exact
+        assert debiased_ece(ties[order], z[order]) == debiased_ece(ties, z)
     assert reliability_curve(c[order], z[order]).count.tolist() == reliability_curve(c, z).count.tolist()
 
 
@@ -175,25 +178,94 @@ def test_saturated_data_differs_from_torchmetrics_by_a_known_amount():
 # Debiased ECE
 
 
+class Halves:
+    "Stands in for the generator: deals the rows that `rule(n)` lists to every bin of n questions, again and again."
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def permuted(self, half, axis, out):
+        rows = np.asarray(self.rule(half.shape[1]))
+        assert axis == 1 and len(half) % len(rows) == 0
+        out[:] = np.tile(rows, (len(half) // len(rows), 1))
+
+
+@functools.cache
+def every(n):
+    return [np.isin(np.arange(n), half) for half in itertools.combinations(range(n), n // 2)]
+
+
+def outcomes_of(confidence):
+    "All patterns of right and wrong, and their probabilities under calibration."
+    outcomes = np.array(list(itertools.product((0, 1), repeat=len(confidence))))
+    return outcomes, np.where(outcomes == 1, confidence, 1 - confidence).prod(1)
+
+
+def naive_debiased(c, z, n_bins=20):
+    "The definition over all halves of every bin, in exact fractions of 1/1000."
+    total = Fraction(0)
+    for m in range(n_bins):
+        inside = [i for i in range(len(c)) if (m < n_bins * c[i] <= m + 1) or m == c[i] == 0]
+        d = [Fraction(round(1000 * c[i]), 1000) - int(z[i]) for i in inside]
+        halves = list(itertools.combinations(range(len(d)), len(d) // 2))
+        for half in halves:
+            a = sum((d[i] for i in half), Fraction(0))
+            b = sum(d) - a
+            total += (((a > 0) - (a < 0)) * b + ((b > 0) - (b < 0)) * a) / len(halves)
+    return float(total / len(c))
+
+
 def test_debiased_is_zero_on_average_on_calibrated_data():
     rng, plain, debiased = np.random.default_rng(11), [], []
     for _ in range(2000):
         c = rng.beta(6, 1.2, 500)
         z = rng.random(500) < c
         plain.append(expected_calibration_error(c, z))
-        debiased.append(debiased_ece(c, z))
+        debiased.append(debiased_ece(c, z, n_splits=50))
     assert abs(np.mean(debiased)) < 3 * np.std(debiased, ddof=1) / np.sqrt(2000)
     assert 0.041 < np.mean(plain) < 0.045
+    assert 1.3 < np.std(debiased) / np.std(plain) < 1.6  # 3.7 with leave-one-out signs
+    assert min(debiased) > -np.mean(plain)
 
 
-@pytest.mark.parametrize("confidence", [np.full(11, 0.6), np.full(9, 0.5), np.repeat([0.32, 0.61, 0.9], [4, 4, 3])])
-def test_debiased_expectation_is_exactly_zero(confidence):
-    "All patterns of right and wrong, weighted with their probability under calibration."
-    outcomes = np.array(list(itertools.product((0, 1), repeat=len(confidence))))
-    weight = np.where(outcomes == 1, confidence, 1 - confidence).prod(1)
+@pytest.mark.parametrize(
+    "confidence, how",
+    [
+        # Equal confidences are sorted by their answers: exact over all splits.
+        (np.full(10, 0.6), dict(n_splits=252, rng=Halves(every))),
+        (np.full(9, 0.5), dict(n_splits=126, rng=Halves(every))),
+        (np.repeat([0.32, 0.61, 0.9], [4, 4, 3]), dict(n_splits=6, rng=Halves(every))),
+        # All different: exact for any splits.
+        (np.repeat([0.32, 0.61, 0.9], [4, 4, 3]) + 0.003 * np.arange(11), dict(n_splits=7)),
+        (np.linspace(0.61, 0.65, 10), dict(n_splits=1)),
+        (np.linspace(0.61, 0.65, 10), dict(n_splits=1, rng=Halves(lambda n: [np.arange(n) % 2]))),
+    ],
+)
+def test_debiased_expectation_is_exactly_zero(confidence, how):
+    outcomes, weight = outcomes_of(confidence)
     assert weight.sum() == pytest.approx(1)
-    assert weight @ [debiased_ece(confidence, z) for z in outcomes] == pytest.approx(0, abs=1e-14)
+    assert weight @ [debiased_ece(confidence, z, **how) for z in outcomes] == pytest.approx(0, abs=1e-14)
     assert weight @ [expected_calibration_error(confidence, z) for z in outcomes] > 0.1
+
+
+def test_the_zero_mean_needs_the_tie_rule_and_splits_that_are_random_to_the_answers(monkeypatch):
+    confidence = np.full(10, 0.6)
+    outcomes, weight = outcomes_of(confidence)
+    in_turns = dict(n_splits=1, rng=Halves(lambda n: [np.arange(n) % 2]))
+    assert weight @ [debiased_ece(confidence, z, **in_turns) for z in outcomes] > 0.05
+    monkeypatch.setattr("catto.eval._TIE", 0.0)
+    all_halves = dict(n_splits=252, rng=Halves(every))
+    assert abs(weight @ [debiased_ece(confidence, z, **all_halves) for z in outcomes]) > 1e-4
+
+
+def test_debiased_against_the_definition():
+    rng = np.random.default_rng(14)
+    for _ in range(100):
+        c = np.concatenate([rng.integers(301, 350, 4), rng.integers(701, 750, 5), [933]]) / 1000
+        z = rng.random(10) < 0.7
+        expected = naive_debiased(c, z)
+        assert debiased_ece(c, z, n_splits=30, rng=Halves(every)) == pytest.approx(expected, abs=1e-12)
+        assert debiased_ece(c, z, n_splits=5000) == pytest.approx(expected, abs=0.03)
 
 
 def test_debiased_equals_ece_when_the_gap_is_plain():
@@ -202,6 +274,8 @@ def test_debiased_equals_ece_when_the_gap_is_plain():
     z = rng.random(500) < 0.5
     assert debiased_ece(c, z) == pytest.approx(expected_calibration_error(c, z), abs=1e-12)
     assert debiased_ece(c, ~z) == pytest.approx(expected_calibration_error(c, ~z), abs=1e-12)
+    thin = [0.62, 0.63, 0.71, 0.72, 0.73]  # two and three questions: neither half may be empty
+    assert debiased_ece(thin, np.zeros(5)) == pytest.approx(np.mean(thin), abs=1e-12)
 
 
 def test_debiased_never_exceeds_ece():
@@ -212,6 +286,41 @@ def test_debiased_never_exceeds_ece():
 
 def test_debiased_of_lone_questions_is_zero():
     assert debiased_ece([0.7], [0]) == 0.0 and debiased_ece([0.1, 0.5, 0.9], [1, 0, 0]) == 0.0
+
+
+@pytest.mark.parametrize("n, right", [(50, 41), (500, 410), (5000, 4100)])
+def test_debiased_stays_within_the_noise_where_gaps_cancel(n, right):
+    "Every leave-one-out sign is the wrong one here: that estimate is -0.30 at any n."
+    c, z = np.linspace(0.8101, 0.83, n), np.arange(n) < right
+    d = c - z
+    assert (np.sign(d.sum() - d) * d).mean() < -0.25
+    floor = noise_floor(c)
+    assert expected_calibration_error(c, z) < 0.1 * floor.mean
+    assert -1.2 * floor.mean < debiased_ece(c, z) < 0
+
+
+def test_debiased_follows_its_generator():
+    c, z = data(100)
+    assert debiased_ece(c, z) == debiased_ece(c, z, rng=np.random.default_rng(0)) != debiased_ece(c, z, rng=np.random.default_rng(1))
+    few, many = ([debiased_ece(c, z, n_splits=n, rng=np.random.default_rng(s)) for s in range(100)] for n in (10, 250))
+    assert np.std(few) / np.std(many) == pytest.approx(5, rel=0.3)  # the error of the splits falls with their root
+
+
+def test_debiased_in_batches(monkeypatch):
+    c, z = data(100)
+    whole, sizes = debiased_ece(c, z), []
+
+    class Recording:
+        def __init__(self):
+            self.rng = np.random.default_rng(0)
+
+        def permuted(self, half, **how):
+            sizes.append(half.size)
+            return self.rng.permuted(half, **how)
+
+    monkeypatch.setattr("catto.eval._CELLS", 730)
+    assert debiased_ece(c, z, rng=Recording()) == pytest.approx(whole, abs=1e-12)
+    assert 100 < max(sizes) <= 730
 
 
 # Noise floor
@@ -265,7 +374,8 @@ def test_report_holds_plain_numbers_under_its_names():
     assert np.isfinite(list(report.values())).all()
     assert report["n"] == 200 and report["n_bins"] == 20 and report["parse_rate"] == 0.95
     assert report["accuracy"] == pytest.approx(z.mean()) and report["mean_confidence"] == pytest.approx(c.mean())
-    assert report["ece"] == expected_calibration_error(c, z) and report["ece_debiased"] == debiased_ece(c, z)
+    assert report["ece"] == expected_calibration_error(c, z)
+    assert report["ece_debiased"] == pytest.approx(debiased_ece(c, z), abs=0.005)  # other splits
     assert report["brier"] == pytest.approx(np.mean((c - z) ** 2))
     assert report["nll"] == pytest.approx(-np.mean(np.log(np.where(z, c, 1 - c))))
     assert report["auroc"] == pytest.approx(np.mean(c[z][:, None] > c[~z]))
@@ -287,7 +397,8 @@ def test_report_is_reproducible_and_follows_its_generator():
     c, z = data(100)
     same = [calibration_report(c, z, np.full(100, 0.5), z, rng=rng) for rng in (None, np.random.default_rng(0))]
     assert same[0] == same[1]
-    assert calibration_report(c, z, rng=np.random.default_rng(1))["ece_low"] != same[0]["ece_low"]
+    other = calibration_report(c, z, rng=np.random.default_rng(1))
+    assert all(other[key] != same[0][key] for key in ("ece_low", "ece_floor", "ece_debiased"))
 
 
 def test_interval_by_a_second_road():
@@ -347,6 +458,12 @@ BAD = [
 def test_refused_by_name(function, confidence, correct, message):
     with pytest.raises(ValueError, match=message):
         function(confidence, correct)
+
+
+@pytest.mark.parametrize("n_splits", [0, -1, 2.5, True, None])
+def test_bad_splits_are_refused(n_splits):
+    with pytest.raises(ValueError, match="n_splits is"):
+        debiased_ece([0.5], [1], n_splits=n_splits)
 
 
 @pytest.mark.parametrize("function", CALLS)

@@ -2,7 +2,6 @@
 import copy
 import dataclasses
 import inspect
-import json
 import math
 import shutil
 from importlib.metadata import version
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -27,6 +26,7 @@ from catto.surrogate import TokenProbs, correctness_surrogate, token_probs
 from catto.train import CATTOConfig, CATTOTrainer, _fused_output, build_model, fit_context, mini_tokenizer, train_method
 
 LABELS = "A", "B", "C", "D"
+SHARP = 50  # logits of standard deviation 4: probabilities far from uniform, where the forms differ
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +62,19 @@ def pairs(n=8, chosen=response, rejected=response):
 
 @pytest.fixture
 def make(tmp_path, settings, tokenizer):
-    "make(...) -> a trainer whose policy and reference are different random models."
+    "make(...) -> a trainer whose policy and reference are different random models; `sharp` makes them surer of themselves."
 
-    def make(cls=CATTOTrainer, rows=None, live=False, model_seed=0, reference_seed=1, trainer=None, **options):
+    def make(cls=CATTOTrainer, rows=None, live=False, reference_seed=1, sharp=1, trainer=None, **options):
         arguments = dict(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
                          save_strategy="no", per_device_train_batch_size=4, learning_rate=1e-2, max_length=256,
                          precompute_ref_log_probs=not live, gradient_checkpointing=False, dataloader_pin_memory=False)
         config = CATTOConfig if issubclass(cls, CATTOTrainer) else DPOConfig
-        given = dict(ref_model=build_model(settings, tokenizer, reference_seed)) | (trainer or {})
-        made = cls(model=build_model(settings, tokenizer, model_seed), args=config(**arguments | options),
-                   train_dataset=pairs() if rows is None else rows, processing_class=tokenizer, **given)
+        models = [build_model(settings, tokenizer, seed) for seed in (0, reference_seed)]
+        for model in models:
+            model.get_input_embeddings().weight.data.mul_(sharp)  # tied: it is the head too
+        given = dict(ref_model=models[1], processing_class=tokenizer) | (trainer or {})
+        made = cls(model=models[0], args=config(**arguments | options),
+                   train_dataset=pairs() if rows is None else rows, **given)
         made.remove_callback(PrinterCallback)
         return made
 
@@ -116,7 +119,7 @@ def leave_label_out(label, words):
     return f"<think>{' so' * words}</think> I do not know"
 
 
-# --- what is taken from TRL ---------------------------------------------------------------------------------------------
+# --- what is taken from TRL
 
 def spied(trainer, batch):
     "How TRL's own `_compute_loss` calls the model it is given, and what it does with the answer."
@@ -133,13 +136,15 @@ def spied(trainer, batch):
 
 def head_fields(trainer, batch):
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     with torch.no_grad():
-        return trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True)
+        return trainer.model(**inputs, labels=labels, fused_lm_head=True)
 
 
 def rows_are_stacked(trainer):
     collated = DataCollatorForPreference(pad_token_id=0)(
-        [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}, {"prompt_ids": [6], "chosen_ids": [7, 8], "rejected_ids": [9]}])
+        [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]},
+         {"prompt_ids": [6], "chosen_ids": [7, 8], "rejected_ids": [9]}])
     return (collated["input_ids"].tolist() == [[1, 2, 3, 0], [6, 7, 8, 0], [1, 2, 4, 5], [6, 9, 0, 0]]
             and collated["completion_mask"].tolist() == [[0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0]])
 
@@ -159,9 +164,11 @@ INTERNALS = {
     "labels in that call, -100 outside the completion": lambda t, b: torch.equal(
         spied(t, b)[0][0]["labels"], b["input_ids"].masked_fill(b["completion_mask"] == 0, -100)),
     "a scalar loss from DPOTrainer._compute_loss": lambda t, b: spied(t, b)[1].ndim == 0,
-    "DPOTrainer.compute_loss calling self._compute_loss": lambda t, b: "self._compute_loss(" in inspect.getsource(DPOTrainer.compute_loss),
+    "DPOTrainer.compute_loss calling self._compute_loss": lambda t, b:
+        "self._compute_loss(" in inspect.getsource(DPOTrainer.compute_loss),
     "DPOTrainer._prepare_dataset(self, dataset, processing_class, args, dataset_name)": lambda t, b:
-        list(inspect.signature(DPOTrainer._prepare_dataset).parameters) == ["self", "dataset", "processing_class", "args", "dataset_name"],
+        list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
+        == ["self", "dataset", "processing_class", "args", "dataset_name"],
     "DPOTrainer._metrics['train'] and ['eval'], lists by name": lambda t, b:
         all(t._metrics[mode]["any name"] == [] for mode in ("train", "eval")),
     "DPOTrainer._total_train_tokens": lambda t, b: isinstance(t._total_train_tokens, int),
@@ -172,9 +179,11 @@ INTERNALS = {
     "DPOTrainer.ld_alpha": lambda t, b: t.ld_alpha is None,
     "DPOTrainer.compute_ref_log_probs(model, inputs) -> chosen, rejected": reference_matches,
     "accelerator.gather_for_metrics": lambda t, b: t.accelerator.gather_for_metrics(torch.tensor(2.0)) == 2,
-    "the fields of trl.trainer.utils.FusedCausalLMOutput": lambda t, b: {f.name for f in dataclasses.fields(FusedCausalLMOutput)} == {
-        "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"},
-    "FusedCausalLMOutput.log_probs of shape (2B, T - 1)": lambda t, b: head_fields(t, b).log_probs.shape == b["completion_mask"][:, 1:].shape,
+    "the fields of trl.trainer.utils.FusedCausalLMOutput": lambda t, b:
+        {f.name for f in dataclasses.fields(FusedCausalLMOutput)} == {
+            "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"},
+    "FusedCausalLMOutput.log_probs of shape (2B, T - 1)": lambda t, b:
+        head_fields(t, b).log_probs.shape == b["completion_mask"][:, 1:].shape,
     "batch keys input_ids, attention_mask, completion_mask, ref_chosen_logps, ref_rejected_logps": lambda t, b: set(b) == {
         "input_ids", "attention_mask", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"},
     "chosen rows stacked above rejected rows by DataCollatorForPreference": lambda t, b: rows_are_stacked(t),
@@ -182,7 +191,8 @@ INTERNALS = {
         {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(t.train_dataset.column_names),
     "DPOConfig.max_length, truncation_mode and precompute_ref_log_probs": lambda t, b:
         (t.args.max_length, t.args.truncation_mode, t.args.precompute_ref_log_probs) == (256, "keep_start", True),
-    "transformers.PrinterCallback where the progress bar is off": lambda t, b: "PrinterCallback" in inspect.getsource(transformers.Trainer.__init__),
+    "transformers.PrinterCallback where the progress bar is off": lambda t, b:
+        "PrinterCallback" in inspect.getsource(transformers.Trainer.__init__),
 }
 
 
@@ -218,9 +228,11 @@ SABOTAGE = {  # part of the name -> how to take it away from (monkeypatch, train
     "precompute_ref_logps": lambda m, t, b: m.delattr(t, "precompute_ref_logps"),
     "ref_model": lambda m, t, b: m.setattr(t, "ref_model", None),
     "compute_ref_log_probs(": lambda m, t, b: m.delattr(DPOTrainer, "compute_ref_log_probs"),
-    "fields of": lambda m, t, b: m.setitem(globals(), "FusedCausalLMOutput", renamed(dataclasses.fields(FusedCausalLMOutput))),
+    "fields of": lambda m, t, b:
+        m.setitem(globals(), "FusedCausalLMOutput", renamed(dataclasses.fields(FusedCausalLMOutput))),
     "batch keys": lambda m, t, b: m.delitem(b, "completion_mask"),
-    "stacked": lambda m, t, b: m.setattr(DataCollatorForPreference, "torch_call", lambda self, rows: {"input_ids": torch.zeros(4, 4)}),
+    "stacked": lambda m, t, b:
+        m.setattr(DataCollatorForPreference, "torch_call", lambda self, rows: {"input_ids": torch.zeros(4, 4)}),
     "columns": lambda m, t, b: m.setattr(t, "train_dataset", t.train_dataset.rename_column("chosen_ids", "chosen_input_ids")),
 }
 
@@ -319,7 +331,8 @@ def naive_label_mask(ids, counts, tokenizer, prefix):
 @pytest.mark.parametrize("live", [False, True], ids=["precomputed reference", "live reference"])
 def test_total_loss_by_hand(make, tokenizer, tokens, live):
     "Two roads to Eq. 7: the trainer, and catto.loss on plain logits. Value, gradient and what is logged."
-    trainer = make(live=live, calibration_tokens=tokens, calibration_weight=0.7)
+    trainer = make(live=live, calibration_tokens=tokens, calibration_weight=0.7, sharp=SHARP)
+    trainer.model.double(), trainer.ref_model.double()  # bce is steep where the confidence is near 1
     batch = batch_of(trainer, 5)
     for form in FORMS:
         for detach in (False, True):
@@ -343,11 +356,12 @@ def test_total_loss_by_hand(make, tokenizer, tokens, live):
 
 @pytest.mark.parametrize("tokens", ["all", "label"])
 def test_logged_means_by_hand(make, tokenizer, tokens):
-    trainer = make(calibration_tokens=tokens, surrogate_scale=3.0)
+    trainer = make(calibration_tokens=tokens, surrogate_scale=3.0, sharp=SHARP)
     batch = batch_of(trainer, 5)
     trainer.compute_loss(trainer.model, batch)
     *_, chosen, rejected, chosen_mask, rejected_mask = by_hand(trainer, batch, tokenizer, tokens == "label")
     mask = torch.cat([chosen_mask, rejected_mask])
+    assert chosen.confidence[chosen_mask].max() > 0.3
     probs = TokenProbs(*(torch.cat(both)[mask] for both in zip(chosen, rejected)))
     surrogate = correctness_surrogate(probs.log_prob.exp(), probs.competitor, 3.0)
     logged = trainer._metrics["train"]
@@ -378,7 +392,7 @@ def test_largest_gradient_is_that_of_autograd(make, tokens, form):
 
 @pytest.mark.parametrize("live", [False, True], ids=["precomputed reference", "live reference"])
 def test_reward_calibration_by_hand(make, tokenizer, live):
-    trainer = make(live=live, calibration_weight=0.7, reward_calibration_weight=0.3, beta=0.2)
+    trainer = make(live=live, calibration_weight=0.7, reward_calibration_weight=0.3, beta=0.2, sharp=SHARP)
     batch = batch_of(trainer, 5)
     loss = trainer.compute_loss(trainer.model, batch)
     parts = by_hand(trainer, batch, tokenizer, False)
@@ -489,7 +503,8 @@ def test_label_tokens_against_a_naive_scan(make, tokenizer, chosen):
     trainer = make(rows=pairs(chosen=chosen), calibration_tokens="label")
     batch = batch_of(trainer, 8)
     mask = trainer._calibrated_tokens(batch)
-    assert torch.equal(mask, naive_label_mask(batch["input_ids"], batch["completion_mask"].bool(), tokenizer, ANSWER_PREFIX)[:, 1:])
+    naive = naive_label_mask(batch["input_ids"], batch["completion_mask"].bool(), tokenizer, ANSWER_PREFIX)
+    assert torch.equal(mask, naive[:, 1:])
     assert (mask.sum(1) == 1).all()
     tokens = [tokenizer.decode(t).strip(" (\n)") for t in batch["input_ids"][:, 1:][mask]]
     assert tokens == [LABELS[i % 4] for i in range(8)] + [LABELS[(i + 1) % 4] for i in range(8)]
@@ -546,8 +561,8 @@ def test_a_cut_that_takes_the_label_is_refused_before_any_work(make, settings, t
     with pytest.raises(ValueError, match=r"row 5: max_length = \d+ cuts the label off the rejected response"):
         make(rows=rows, live=live, calibration_tokens=tokens, max_length=label_at - 1, trainer={"ref_model": reference})
     assert not passes, "the reference model ran before the rows were checked"
-    trainer = make(rows=rows, live=live, calibration_tokens=tokens, max_length=label_at, max_steps=1)  # the label is the last token kept
-    trainer.train()
+    trainer = make(rows=rows, live=live, calibration_tokens=tokens, max_length=label_at, max_steps=1)
+    trainer.train()  # the label is the last token kept
     assert trainer.state.global_step == 1
     cut = batch_of(trainer, 8)
     assert cut["input_ids"].shape[1] == label_at and tokenizer.decode(cut["input_ids"][13, -1]).strip() == "A"
@@ -564,7 +579,7 @@ def test_rows_for_evaluation_are_checked_too(make, long_row, given):
 
 def test_streamed_rows_are_checked_when_they_come(make, long_row):
     rows, label_at = long_row
-    trainer = make(rows=rows.to_iterable_dataset(), live=True, max_length=label_at - 1, max_steps=4, per_device_train_batch_size=2)
+    trainer = make(rows=rows.to_iterable_dataset(), live=True, max_length=label_at - 1, max_steps=4)
     with pytest.raises(ValueError, match="cuts the label off the rejected response"):
         trainer.train()
 
@@ -629,7 +644,8 @@ def test_outputs_are_returned_when_metrics_ask_for_them(make):
 def test_lora_starts_at_the_full_models_loss_and_trains_adapters_alone(make, live):
     options = dict(live=live, reward_calibration_weight=0.1, calibration_weight=1.0)
     full = make(reference_seed=0, **options)
-    adapted = make(trainer={"ref_model": None, "peft_config": LoraConfig(r=4, target_modules="all-linear")}, max_steps=1, **options)
+    lora = {"ref_model": None, "peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    adapted = make(trainer=lora, max_steps=1, **options)
     expected = full.compute_loss(full.model, batch_of(full)).item()
     assert adapted.compute_loss(adapted.model, batch_of(adapted)).item() == pytest.approx(expected, rel=1e-5)
     before = weights(adapted.model)
@@ -642,23 +658,21 @@ CHAT = ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% end
         "{% if add_generation_prompt %}[assistant]{% endif %}")
 
 
-def test_conversations(make, tokenizer, monkeypatch):
+def test_conversations(make, tokenizer):
     "Lists of messages with a chat template: the same label tokens, and a step is taken."
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = CHAT
     rows = Dataset.from_list([{
         "prompt": [{"role": "user", "content": row["prompt"]}],
         **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}} for row in pairs()])
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "chat_template", CHAT)
-        trainer = make(rows=rows, calibration_tokens="label", max_steps=1)
-        batch = batch_of(trainer)
-        mask = trainer._calibrated_tokens(batch)
-        assert [tokenizer.decode(t).strip() for t in batch["input_ids"][:, 1:][mask]] == list("ABCDBCDA")
-        assert tokenizer.decode(trainer.train_dataset[0]["prompt_ids"]).endswith("[assistant]")
-        before = weights(trainer.model)
-        trainer.train()
-        assert largest_difference(before, weights(trainer.model)) > 0
+    trainer = make(rows=rows, calibration_tokens="label", max_steps=1, trainer={"processing_class": chatty})
+    batch = batch_of(trainer)
+    mask = trainer._calibrated_tokens(batch)
+    assert [chatty.decode(t).strip() for t in batch["input_ids"][:, 1:][mask]] == list("ABCDBCDA")
+    assert chatty.decode(trainer.train_dataset[0]["prompt_ids"]).endswith("[assistant]")
+    before = weights(trainer.model)
+    trainer.train()
+    assert largest_difference(before, weights(trainer.model)) > 0
 
 
 # --- a whole run --------------------------------------------------------------------------------------------------------
@@ -669,10 +683,10 @@ class Stopped(Exception):
 
 @pytest.fixture(scope="module")
 def world(settings, tmp_path_factory):
-    "SFT rows, preference rows, validation questions, and settings for runs of 12 to 15 steps with 4 to 5 checkpoints."
-    quick = dataclasses.replace(settings, sft_batch_size=8, sft_epochs=2, sft_save_steps=4, preference_batch_size=4, catto_pairs=24,
-                                catto_epochs=2, dpo_epochs=1, preference_save_steps=4, max_new_tokens=6, generation_batch_size=24,
-                                preference_learning_rate=3e-3)
+    "Settings for runs of 12 to 16 steps with a checkpoint after every fourth, their rows, and the folder of an SFT model."
+    quick = dataclasses.replace(
+        settings, sft_batch_size=8, sft_epochs=2, sft_save_steps=4, preference_batch_size=4, catto_pairs=24, catto_epochs=2,
+        preference_save_steps=4, preference_learning_rate=3e-3, max_new_tokens=6, generation_batch_size=24)
     questions, teacher = load_questions("commonsense_qa", split="train", n=130), SamplingTeacher()
     sft, _ = build_sft(questions, [teacher.respond(q, 0) for q in questions])
     preferences, _ = build_preferences(questions, [[teacher.respond(q, k, 1.0) for k in range(1, 7)] for q in questions], 1, 1)
@@ -685,12 +699,14 @@ def world(settings, tmp_path_factory):
 
 def run(world, folder, method, seed=0):
     quick, rows, validation, base = world
-    return train_method(quick, rows[method], method, seed, folder=folder, validation=validation, base=None if method == "sft" else base)
+    base = None if method == "sft" else base
+    return train_method(quick, rows[method], method, seed, folder=folder, validation=validation, base=base)
 
 
 def left_behind(folder):
     "What a run leaves: every tensor and every other file of the model, log, predictions."
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in [*folder.glob("*.*"), *folder.glob("model/*")] if p.is_file()}
+    paths = [p for p in (*folder.glob("*.*"), *folder.glob("model/*")) if p.is_file()]
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
     assert {"training_log.csv", "predictions_validation.parquet", "model/model.safetensors", "model/config.json"} <= files.keys()
     return files
 
@@ -839,11 +855,10 @@ def test_unknown_method_and_missing_base(world, tmp_path):
 
 def test_too_small_a_context(world, tmp_path):
     quick, rows, validation, base = world
-    with pytest.raises(ValueError, match="no row fits into context_tokens = 16"):
-        train_method(dataclasses.replace(quick, context_tokens=16), rows["sft"], "sft", 0, folder=tmp_path, validation=validation)
-    with pytest.raises(ValueError, match="no row fits into context_tokens = 16"):
-        train_method(dataclasses.replace(quick, context_tokens=16), rows["dpo_catto"], "dpo", 0, folder=tmp_path, validation=validation,
-                     base=base)
+    quick = dataclasses.replace(quick, context_tokens=16)
+    for method in ("sft", "dpo_catto"):
+        with pytest.raises(ValueError, match="no row fits into context_tokens = 16"):
+            run((quick, rows, validation, base), tmp_path, method)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,590 @@
+"""`make reproduce` as a user runs it, on a profile of a few steps: whole, in single jobs, killed, doubled, on real rows.
+
+A run starts four notebooks one after another, and most of its time goes into imports. So the runs that the tests look
+at go on in the background, two at a time, and all but one of them leave out the notebooks' examples.
+"""
+import collections
+import configparser
+import functools
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from datasets import Dataset
+
+from catto.data import build_sft, prepare_data, question_key
+from catto.settings import file_hash, load
+from catto.train import train_method, train_methods
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS = "02_data_gen", "03_train", "04_eval", "06_report"
+METHODS = "sft", "dpo", "dpo_matched", "dpo_catto"
+UNIT = "data/runs/tiny/commonsense_qa/seed0"
+REPORT = "data/runs/tiny/report_seeds-0.json"
+NOTHING = "Nothing to be done"
+MARK = "CATTO_TEST_PIPELINE"  # an environment variable by which the processes of a run are found again
+
+TINY = dict(
+    hidden_size=16, hidden_layers=1, attention_heads=2, key_value_heads=1, mlp_size=32, train_questions=120, preference_questions=60,
+    preference_samples=6, min_incorrect=2, validation_questions=12, test_questions=16, sft_epochs=3, sft_save_steps=6,
+    preference_batch_size=4, catto_pairs=24, preference_save_steps=6, max_new_tokens=24, generation_batch_size=64, bootstrap_resamples=20)
+
+
+# --- a copy of the repository, and what runs in it --------------------------------------------------------------------------
+
+def write_settings(path, **changes):
+    "The repository's settings with a profile `tiny` more: [DEFAULT], then [smoke], then TINY, then the changes."
+    ini = configparser.ConfigParser(interpolation=None)
+    ini.read(REPO / "settings.ini")
+    ini["tiny"] = {key: str(value) for key, value in {**ini["smoke"], **TINY, **changes}.items()}
+    with open(path, "w") as file:
+        ini.write(file)
+    return path
+
+
+def without_examples(notebook):
+    "A notebook of the pipeline with its head, its exported cells and its part \"This run\" alone."
+    cells = notebook["cells"]
+    text = ["".join(cell["source"]) for cell in cells]
+    head = next(i for i, source in enumerate(text) if "load(profile" in source)
+    run = next(i for i, source in enumerate(text) if source.startswith("## This run"))
+    kept = [cell for i, cell in enumerate(cells) if cell["cell_type"] == "code"
+            and (i <= head or i >= run or text[i].startswith("#| export"))]
+    assert head < run and len(kept) < len(cells)
+    return {**notebook, "cells": kept}
+
+
+def copy_repository(folder, examples=False, spoil=None, **changes):
+    "What `make reproduce` needs, below `folder`, with a profile `tiny`; `spoil` maps a notebook to (place, source) of a cell put in."
+    folder.mkdir(parents=True)
+    for name in ("Makefile", "Snakefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy2(REPO / name, folder)  # with its time, or make would install everything anew
+    for name in (".venv", "catto", "data/paper"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(REPO / name)
+    (folder / "nbs").mkdir()
+    for name in NOTEBOOKS:
+        notebook = json.loads((REPO / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
+        notebook = notebook if examples else without_examples(notebook)
+        if name in (spoil or {}):
+            place, source = spoil[name]
+            cell = {"cell_type": "code", "id": "spoiled", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+            notebook["cells"].insert(place % (len(notebook["cells"]) + 1), cell)
+        (folder / "nbs" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        shutil.copystat(REPO / "nbs" / f"{name}.ipynb", folder / "nbs" / f"{name}.ipynb")  # not newer than what it has made
+    write_settings(folder / "tiny.ini", **changes)
+    return folder
+
+
+class Run:
+    "One `make reproduce PROFILE=tiny` in its own session; its output goes to a file, which no orphan can block."
+    numbers = itertools.count()
+
+    def __init__(self, folder, *words, profile="tiny", config=""):
+        self.mark, self.log = uuid.uuid4().hex, folder / f"make-{next(self.numbers)}.log"
+        # A make that runs pytest hands its own flags down.
+        env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "SEEDS", "JOBS", "CONFIG")}
+        config = f"settings={folder / 'tiny.ini'} {config}"
+        with open(self.log, "w") as file:
+            self.process = subprocess.Popen(["make", "reproduce", f"PROFILE={profile}", f"CONFIG={config}", *words], cwd=folder, stdout=file,
+                                            stderr=subprocess.STDOUT, env={**env, "OMP_NUM_THREADS": "1", MARK: self.mark}, start_new_session=True)
+
+    def end(self):
+        "Wait; (exit code, output). No process outlives this, not even if it takes too long."
+        try:
+            return self.process.wait(timeout=300), self.log.read_text()
+        finally:
+            self.kill_all()
+
+    def left(self):
+        "Processes that carry this run's mark."
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except psutil.Error:
+                pass  # it has just ended, or it is another user's
+        return found
+
+    def kill_all(self):
+        while found := self.left():  # one of them may start another in the meantime
+            for process in found:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    pass
+            psutil.wait_procs(found, timeout=10)
+        self.process.wait()
+
+
+def make(folder, *words, **options):
+    "Output of a run that has to succeed."
+    code, output = Run(folder, *words, **options).end()
+    assert code == 0, output
+    return output
+
+
+def results(root):
+    "Name -> hash of every table, figure and prediction below `root`."
+    files = [*root.glob("figures/tiny/*"), *root.glob("data/runs/tiny/*/*/*/predictions_*.parquet")]
+    return {path.relative_to(root).as_posix(): file_hash(path) for path in files}
+
+
+def written(root):
+    "Every file of the runs below `root` with the time of its last change."
+    return {path: path.stat().st_mtime_ns for folder in ("data/runs", "figures") for path in (root / folder).rglob("*") if path.is_file()}
+
+
+def predictions(root, method, split="test"):
+    return pd.read_parquet(root / UNIT / method / f"predictions_{split}.parquet")
+
+
+def manifest(root, name):
+    return json.loads((root / UNIT / name).read_text())
+
+
+# --- runs in the background -------------------------------------------------------------------------------------------------
+
+def runs(*scenarios):
+    "Say which scenarios a test looks at, so that they start before it."
+    def marked(test):
+        test.scenarios = scenarios
+        return test
+    return marked
+
+
+@pytest.fixture(scope="module")
+def scenario(request, tmp_path_factory):
+    "scenario(f) -> what f(folder, scenario) returned; those of the selected tests start at once, two at a time, in order."
+    if not (REPO / ".venv" / ".installed").exists():
+        pytest.skip("no .venv in the repository: `make venv` makes it, `make test` runs in it")
+    with ThreadPoolExecutor(2) as pool:
+        @functools.cache
+        def future(run):
+            return pool.submit(run, tmp_path_factory.mktemp(run.__name__), lambda other: future(other).result())
+
+        for item in request.session.items:
+            if item.module is request.module:
+                for run in getattr(item.function, "scenarios", ()):
+                    future(run)
+        yield lambda run: future(run).result()
+
+
+def whole(folder, _):
+    "The notebooks as they are, all files below another root; then the same command again."
+    copy, root = copy_repository(folder / "copy", examples=True), folder / "root"
+    (root / "data").mkdir(parents=True)
+    (root / "data" / "paper").symlink_to(REPO / "data" / "paper")  # the report looks for the paper's tables below root
+    make(copy, config=f"root={root}")
+    before = written(root)
+    return root, before, make(copy, config=f"root={root}"), written(root)
+
+
+# --- the whole pipeline -----------------------------------------------------------------------------------------------------
+
+@runs(whole)
+def test_everything_is_there(scenario):
+    root, files, _, _ = scenario(whole)
+    expected = {f"{UNIT}/{name}" for name in ("data/manifest.json", "train_all.json", "eval_all.json", "02_data_gen.ipynb",
+                                              "03_train_all.ipynb", "04_eval_all.ipynb")}
+    expected |= {f"{UNIT}/{m}/{name}" for m in METHODS for name in (
+        "train.json", "eval.json", "training_log.csv", "predictions_validation.parquet", "predictions_test.parquet", "model/model.safetensors")}
+    expected |= {REPORT, "data/runs/tiny/06_report.ipynb"}
+    expected |= {f"figures/tiny/{name}" for name in ("table01.csv", "table01.md", "scores.csv", "figure1_commonsense_qa.svg")}
+    there = {path.relative_to(root).as_posix() for path in files if path.stat().st_size}
+    assert expected <= there, f"missing: {sorted(expected - there)}"
+    assert not [name for name in there if "partial" in name or "/checkpoints/" in name]
+
+
+@runs(whole)
+def test_notebooks_are_executed_to_their_end_with_the_runs_parameters(scenario):
+    root, files, _, _ = scenario(whole)
+    executed = [path for path in files if path.suffix == ".ipynb"]
+    assert len(executed) == 4
+    for path in executed:
+        notebook = json.loads(path.read_text())
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert all(cell["metadata"]["papermill"]["status"] == "completed" for cell in cells)
+        assert notebook["metadata"]["papermill"]["parameters"]["profile"] == "tiny"
+
+
+@runs(whole)
+def test_a_second_call_has_nothing_to_do(scenario):
+    _, before, output, after = scenario(whole)
+    assert NOTHING in output
+    assert after == before
+
+
+@runs(whole)
+def test_manifests_say_what_made_them(scenario):
+    root = scenario(whole)[0]
+    settings = load("tiny", file=root.parent / "copy" / "tiny.ini")
+    names = ["data/manifest.json", *(f"{m}/{step}.json" for m in METHODS for step in ("train", "eval"))]
+    made = {name: manifest(root, name) for name in names} | {"report": json.loads((root / REPORT).read_text())}
+    for name, found in made.items():
+        assert found["seconds"] > 0 and found["peak_memory_bytes"] > 50e6, name
+        assert {"python", "torch", "transformers", "trl", "datasets", "device"} <= found["environment"].keys(), name
+        assert found["outputs"] and re.fullmatch("[0-9a-f]{64}", found["made_from"]["code"]), name
+        where = root / REPORT if name == "report" else root / UNIT / name
+        assert all(file_hash(where.parent / output) == sha for output, sha in found["outputs"].items()), name
+    outputs = {name: made[name]["outputs"] for name in names}
+    assert made["data/manifest.json"]["made_from"]["settings"]["test_questions"] == settings.test_questions
+    for method in METHODS:
+        train, evaluation = (made[f"{method}/{step}.json"]["made_from"] for step in ("train", "eval"))
+        rows = "sft" if method == "sft" else "preferences"
+        assert train["settings"]["hidden_size"] == settings.hidden_size
+        assert train["data"] == {name: outputs["data/manifest.json"][f"{name}.parquet"] for name in (rows, "validation")}
+        assert train["base"] == (None if method == "sft" else file_hash(root / UNIT / "sft" / "train.json"))
+        assert evaluation["questions"] == outputs["data/manifest.json"]["test.parquet"]
+        assert evaluation["trained"] == file_hash(root / UNIT / method / "train.json")
+        hashes = made["report"]["made_from"]["inputs"]
+        assert hashes[f"commonsense_qa/0/{method}"] == outputs[f"{method}/eval.json"]["predictions_test.parquet"]
+
+
+def check_predictions(root, source="mini", n=TINY["test_questions"]):
+    "One complete row for each test question and method, and a confidence that can be one."
+    questions = Dataset.from_parquet(str(root / UNIT / "data" / "test.parquet"))
+    assert len(questions) == n
+    for method in METHODS:
+        rows = predictions(root, method)
+        assert rows["id"].tolist() == questions["id"] and rows["label"].tolist() == questions["label"]
+        assert set(rows.columns) == {
+            "id", "task", "candidate", "label", "predicted", "confidence", "in_option_mass", "correct", "fallback", "parsed", "p_correct",
+            "finished", "tokens", "text", "profile", "trained_on", "method", "seed", "split"}
+        assert not rows.drop(columns="p_correct").isna().any(axis=None)
+        assert rows["p_correct"].isna().all() if source != "mini" else rows["p_correct"].between(0, 1).all()
+        assert all(p in options for p, options in zip(rows["predicted"], questions["options"]))
+        assert (rows["correct"] == (rows["predicted"] == rows["label"])).all() and (rows["parsed"] != rows["fallback"]).all()
+        assert rows["confidence"].between(0, 1).all() and (rows["confidence"] > 0).all()
+        assert (rows["in_option_mass"] <= 1 + 1e-5).all() and (rows["in_option_mass"] > 0).all()
+        constant = dict(task="commonsense_qa", trained_on="commonsense_qa", profile="tiny", method=method, seed=0, split="test", candidate=0)
+        assert all((rows[name] == value).all() for name, value in constant.items())
+
+
+def check_table(root, n=TINY["test_questions"]):
+    "A row for every (task, method, metric); accuracy and confidence are those of the predictions, in points."
+    table = pd.read_csv(root / "figures" / "tiny" / "table01.csv")
+    assert sorted(set(zip(table["task"], table["method"]))) == sorted(("commonsense_qa", m) for m in METHODS)
+    assert not table.duplicated(["task", "method", "metric"]).any()
+    assert (table["n"] == n).all() and (table["seeds"] == 1).all() and table["sd"].isna().all()
+    means = table.set_index(["method", "metric"])["mean"]
+    for method in METHODS:
+        rows = predictions(root, method)
+        assert means[method, "accuracy"] == pytest.approx(100 * rows["correct"].mean(), abs=1e-3)
+        assert means[method, "mean_confidence"] == pytest.approx(100 * rows["confidence"].mean(), abs=1e-3)
+        assert 0 <= means[method, "ece"] <= 100
+        assert f"| commonsense_qa | {method} |" in (root / "figures" / "tiny" / "table01.md").read_text()
+    return table
+
+
+@runs(whole)
+def test_predictions_are_complete(scenario):
+    check_predictions(scenario(whole)[0])
+
+
+@runs(whole)
+def test_table_holds_every_method_with_the_papers_number(scenario):
+    table = check_table(scenario(whole)[0])
+    paper = pd.read_csv(REPO / "data" / "paper" / "table01.csv").query("dataset == 'commonsense_qa'").set_index(["method", "metric"])["value"]
+    printed = table.set_index(["method", "metric"])["paper"]
+    for method in ("sft", "dpo", "dpo_catto"):
+        assert all(printed[method, metric] == paper[method, metric] for metric in ("accuracy", "ece"))
+    assert np.isnan(printed["dpo_matched", "ece"])  # the control that the paper lacks
+
+
+# --- a job for each method ---------------------------------------------------------------------------------------------------
+
+def single_jobs(folder, _):
+    "Two methods, each a training and an evaluation job of its own."
+    copy = copy_repository(folder / "copy", group_methods="false", methods="sft dpo_catto")
+    make(copy)
+    return copy
+
+
+@runs(whole, single_jobs)
+def test_single_jobs_give_the_same_predictions(scenario):
+    together, apart = scenario(whole)[0], scenario(single_jobs)
+    assert {path.name for path in (apart / UNIT).glob("*.json")} == {f"{step}_{m}.json" for step in ("train", "eval") for m in ("sft", "dpo_catto")}
+    for method, split in itertools.product(("sft", "dpo_catto"), ("validation", "test")):
+        name = f"{UNIT}/{method}/predictions_{split}.parquet"
+        assert (apart / name).read_bytes() == (together / name).read_bytes(), name
+
+
+# --- kill -9 -----------------------------------------------------------------------------------------------------------------
+
+def killed(folder, whole_group):
+    """Kill a run when a drawn number of files has come to be and a drawn time has passed; run it again, and once more.
+    Files are counted rather than seconds, so that a busy machine does not move the moment behind the end."""
+    seed = int(os.environ.get("CATTO_KILL_SEED") or random.SystemRandom().randrange(2**32))
+    rng = random.Random(f"{seed} {whole_group}")
+    files, pause = rng.randint(1, 45), rng.uniform(0, 1)
+    copy, seen = copy_repository(folder / "copy"), set()
+    run = Run(copy)
+    try:
+        while run.process.poll() is None and len(seen) < files:
+            seen |= {path for path in (copy / "data" / "runs").rglob("*") if ".partial" not in path.name}
+            time.sleep(0.02)
+        time.sleep(pause)
+        alive = run.process.poll() is None
+        if whole_group:
+            os.killpg(run.process.pid, signal.SIGKILL)
+        else:
+            run.process.kill()  # snakemake, papermill and the kernel go on
+        run.process.wait()
+        before, orphans = results(copy), len(run.left())
+        again, third = Run(copy).end(), Run(copy).end()
+    finally:
+        run.kill_all()
+    story = f"seed {seed}: killed after {files} files and {pause:.2f} s, {orphans} orphans left, {len(before)} results there"
+    return copy, alive, orphans, again, third, story
+
+
+def killed_make(folder, _):
+    return killed(folder, whole_group=False)
+
+
+def killed_group(folder, _):
+    return killed(folder, whole_group=True)
+
+
+@runs(whole, killed_make, killed_group)
+@pytest.mark.parametrize("kill", [killed_make, killed_group])
+def test_killed_run_ends_with_the_same_results(scenario, kill):
+    copy, alive, orphans, (code, output), (third_code, third_output), story = scenario(kill)
+    print(story, f"(to draw the same moment again: CATTO_KILL_SEED={story.split()[1][:-1]})")
+    assert alive, "the run had ended before it was killed, so nothing was tested"
+    assert orphans if kill is killed_make else True
+    assert code == 0, output
+    assert results(copy) == results(scenario(whole)[0])
+    assert third_code == 0 and NOTHING in third_output, third_output
+
+
+# --- two at once -------------------------------------------------------------------------------------------------------------
+
+def doubled(folder, _):
+    "The same command twice at the same moment, on the same files."
+    copy = copy_repository(folder / "copy")
+    both = [Run(copy), Run(copy)]
+    return copy, [run.end() for run in both]
+
+
+@runs(whole, doubled)
+def test_two_runs_at_once_both_succeed_with_one_set_of_results(scenario):
+    copy, ends = scenario(doubled)
+    for code, output in ends:
+        assert code == 0, output
+    assert results(copy) == results(scenario(whole)[0])
+
+
+# --- steps that end early ----------------------------------------------------------------------------------------------------
+
+# notebook: (number of the cell that is put in, its source, the manifest that must not be there)
+TRAPS = {
+    "02_data_gen": (1, "raise SystemExit(0)", f"{UNIT}/data/manifest.json"),
+    "03_train": (-2, "import os; os._exit(1)", f"{UNIT}/train_all.json"),  # everything is trained, all but the summary is written
+    "04_eval": (-2, "import sys; sys.exit(0)", f"{UNIT}/eval_all.json"),
+    "06_report": (1, "import os; os._exit(1)", REPORT),
+}
+
+
+def trapped(folder, scenario):
+    "A finished run of which one step is taken back, and then ends early, for each step in turn."
+    ends = {}
+    for name, (place, source, output) in TRAPS.items():
+        copy = copy_repository(folder / name, spoil={name: (place, source)})
+        shutil.copytree(scenario(whole)[0] / "data" / "runs", copy / "data" / "runs")
+        (copy / output).unlink()
+        code, text = Run(copy).end()
+        ends[name] = code, text, (copy / output).exists(), re.findall(r"^Job \d+: (\w+)", text, flags=re.M)
+    return ends
+
+
+@runs(whole, trapped)
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_step_that_ends_early_fails_and_leaves_no_manifest(scenario, name):
+    code, text, exists, jobs = scenario(trapped)[name]
+    assert jobs == [{"02_data_gen": "data", "03_train": "train", "04_eval": "evaluate", "06_report": "report"}[name]], text
+    assert code != 0, text
+    assert not exists
+    assert ("DeadKernelError" if "_exit" in TRAPS[name][1] else "MissingOutputException") in text
+
+
+# --- real rows ---------------------------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(folder, **splits):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def tidy(text):
+    return " ".join(text.casefold().split())
+
+
+def usable(row):
+    return len(set(map(tidy, row["choices"]["text"]))) == 5
+
+
+REAL = dict(source="rows", teacher="rehearsal", train_questions=0, preference_questions=0, context_tokens=512, test_questions=30,
+            catto_pairs=8, dpo_epochs=1)  # 4 steps of CATTO: fewer than TRL takes between two lines of its log
+
+
+@pytest.fixture(scope="module")
+def rows(real_samples, tmp_path_factory):
+    "Real rows of CommonsenseQA in hub splits, and real and made ones that have to be dropped; the folder and the counts by reason."
+    csqa = real_samples / "commonsense_qa"
+    train, validation, quirks = (read_rows(csqa / f"{name}.jsonl") for name in ("train", "validation", "quirks_duplicate_choice_text"))
+    good = next(row for row in validation if usable(row))
+    train += quirks + [{**good, "id": "leak"}]
+    validation += [{**good, "id": "hidden", "answerKey": ""}, {**good, "id": "outside", "answerKey": "F"}]
+    dropped = {"repeated choices": sum(not usable(row) for row in train + validation), "hidden label": 1,
+               "label 'F' outside the options": 1, "also in the evaluation split": 1}
+    return write_rows(tmp_path_factory.mktemp("rows"), train=train, validation=validation), train, dropped
+
+
+@pytest.fixture(scope="module")
+def real(rows, tmp_path_factory):
+    copy = copy_repository(tmp_path_factory.mktemp("real") / "copy", **{**REAL, "source": rows[0]})
+    make(copy)
+    return copy
+
+
+def test_real_rows_reach_the_table(real):
+    check_predictions(real, source="rows", n=30)
+    check_table(real, n=30)
+    text = (real / "figures" / "tiny" / "table01.md").read_text()
+    assert "mini world" not in text and "the paper's data sets" in text
+    assert (real / "figures" / "tiny" / "figure1_commonsense_qa.svg").read_text().count("ECE ") >= len(METHODS)
+    for method in METHODS:
+        assert manifest(real, f"{method}/train.json")["steps"] > 0
+
+
+def test_real_rows_are_kept_or_counted(real, rows):
+    _, train, dropped = rows
+    made = manifest(real, "data/manifest.json")
+    assert made["dropped_questions"] == dropped
+    lost = sum(not usable(row) for row in train) + 1
+    n = made["rows"]["train"]
+    assert n == len(train) - lost and [made["rows"][s] for s in ("validation", "test")] == [TINY["validation_questions"], 30]
+    assert sum(made["sft"].values()) == n and made["sft"]["kept"] == made["rows"]["sft"]
+    assert sum(made["preferences"][key] for key in ("kept", "few_correct", "few_incorrect")) == n
+    assert made["rows"]["responses"] == n * (1 + TINY["preference_samples"])
+    for method in METHODS:
+        facts = manifest(real, f"{method}/train.json")
+        there = made["rows"]["sft" if method == "sft" else "preferences"] - facts["rows_left_out"]
+        assert facts["rows"] == (there if method in ("sft", "dpo") else min(REAL["catto_pairs"], there))
+
+
+def test_no_real_question_is_in_two_splits(real):
+    keys = {split: {(tidy(q["prompt"]), frozenset(map(tidy, q["choices"]))) for q in Dataset.from_parquet(str(real / UNIT / "data" / f"{split}.parquet"))}
+            for split in ("train", "validation", "test")}
+    for one, other in itertools.combinations(keys.values(), 2):
+        assert one and other and not one & other
+    trained = Dataset.from_parquet(str(real / UNIT / "data" / "sft.parquet"))
+    assert {tidy(text) for text in trained["question"]} <= {prompt for prompt, _ in keys["train"]}
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def settings(tmp_path):
+    "settings(**changes) -> the profile tiny with these changes, through a written file."
+    return lambda **changes: load("tiny", file=write_settings(tmp_path / "tiny.ini", **changes))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(tasks="commonsense_qa squad"), "setting 'tasks' = 'squad': accepted are reward_bench_2, .*commonsense_qa"),
+    (dict(methods="sft dpo_cato"), "setting 'methods' = 'dpo_cato': accepted are sft, .*did you mean 'dpo_catto'"),
+    (dict(learning_rate="1e-3"), "unknown setting 'learning_rate'"),
+    (dict(sft_epochs="two"), "setting 'sft_epochs' = 'two' is not of type int"),
+    (dict(test_questions=0), "setting 'test_questions' = 0: at least 1"),
+    (dict(source="somewhere"), "'teacher' = 'sampler' knows the mini world only"),
+])
+def test_settings_are_refused_by_name(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_an_unknown_profile_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown profile 'large': tiny.ini has .*tiny"):
+        load("large", file=write_settings(tmp_path / "tiny.ini"))
+
+
+def test_unknown_task_and_method_are_refused_by_the_steps(settings, tmp_path):
+    with pytest.raises(ValueError, match="unknown task 'squad': accepted are"):
+        prepare_data(settings(), "squad", 0, tmp_path)
+    prepare_data(settings(), "commonsense_qa", 0, tmp_path)
+    for methods in (["ppo"], ["sft", "ppo"]):  # before sft is trained, too
+        with pytest.raises(ValueError, match="unknown method 'ppo': accepted are sft, dpo"):
+            train_methods(settings(), "commonsense_qa", 0, methods, tmp_path)
+    with pytest.raises(FileNotFoundError, match="dpo starts from the SFT model of commonsense_qa, seed 0"):
+        train_methods(settings(), "commonsense_qa", 0, ["dpo"], tmp_path)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def row(number, key="B", **changes):
+    return {"id": f"r{number}", "question": f"Where does fish {number} live?", "answerKey": key,
+            "choices": {"label": list("ABCDE"), "text": ["tree", "sea", "sky", "desk", "fire"]}, **changes}
+
+
+def without(key, rows):
+    return [{k: v for k, v in row.items() if k != key} for row in rows]
+
+
+TRAIN, VALIDATION = [row(i) for i in range(20)], [row(i) for i in range(20, 40)]
+
+
+@pytest.mark.parametrize("splits, message", [
+    (dict(train=without("answerKey", TRAIN), validation=VALIDATION), "commonsense_qa .*lacks the columns answerKey"),
+    (dict(train=TRAIN, validation=without("choices", VALIDATION)), "commonsense_qa .*lacks the columns choices"),
+    (dict(train=[row(i, "F") for i in range(20)], validation=VALIDATION), "commonsense_qa train.*label 'F' outside the options.*20"),
+    (dict(train=TRAIN, validation=[row(i, "") for i in range(20, 40)]), "commonsense_qa validation.*hidden label.*20"),
+    (dict(train=VALIDATION, validation=VALIDATION), "commonsense_qa train.*also in the evaluation split.*20"),
+    (dict(train=TRAIN), "no validation.jsonl or validation.parquet"),
+], ids=["no answers", "no choices", "labels outside", "labels hidden", "all of train is held out", "no validation"])
+def test_unusable_rows_end_the_run_with_one_error(settings, tmp_path, splits, message):
+    rows = write_rows(tmp_path / "rows", **splits)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare_data(settings(**{**REAL, "source": rows}), "commonsense_qa", 0, tmp_path)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_context_that_no_row_fits_is_refused_before_training(settings, tmp_path):
+    rows = write_rows(tmp_path / "rows", train=TRAIN, validation=VALIDATION)
+    small = settings(**{**REAL, "source": rows, "context_tokens": 20})
+    prepare_data(small, "commonsense_qa", 0, tmp_path)
+    with pytest.raises(ValueError, match=r"no row fits into context_tokens = 20: the shortest has \d+ tokens"):
+        train_methods(small, "commonsense_qa", 0, ["sft"], tmp_path)
+    assert not list(tmp_path.rglob("train.json")) and not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("options, message, jobs", [
+    (dict(profile="tinny"), "unknown profile 'tinny': tiny.ini has .*tiny", []),
+    (dict(), "commonsense_qa .*lacks the columns answerKey; needed are", ["data"]),
+], ids=["profile", "rows"])
+def test_make_ends_with_the_message_and_a_failure(scenario, tmp_path, options, message, jobs):
+    rows = write_rows(tmp_path / "rows", train=without("answerKey", TRAIN), validation=VALIDATION)
+    copy = copy_repository(tmp_path / "copy", **{**REAL, "source": rows})
+    code, output = Run(copy, **options).end()
+    assert code != 0
+    assert re.search(message, output), output
+    assert re.findall(r"^Job \d+: (\w+)", output, flags=re.M) == jobs
