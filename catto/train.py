@@ -9,16 +9,18 @@ __all__ = ['PREFERENCE_METHODS', 'template_pieces', 'build_tokenizer', 'mini_tok
 
 # %% ../nbs/03_train.ipynb #23a2fcf4
 import dataclasses
+import itertools
 import json
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -27,7 +29,7 @@ from catto.data import (
 )
 from .eval import load_model, predict
 from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence_calibration_loss
-from .settings import code_hash, file_hash, fingerprint, load, run_folder, run_step, write_summary
+from .settings import code_hash, file_hash, fingerprint, load, run_folder, run_step, write_atomic, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-2
@@ -125,10 +127,15 @@ class CATTOConfig(DPOConfig):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: accepted are {', '.join(values)}")
         for name in ("calibration_weight", "reward_calibration_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: 0 or more is accepted")
-        if not self.surrogate_scale > 0:
-            raise ValueError(f"surrogate_scale = {self.surrogate_scale!r}: more than 0 is accepted")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: 0 or more is accepted, and finite")
+        if not 0 < self.surrogate_scale < math.inf:
+            raise ValueError(f"surrogate_scale = {self.surrogate_scale!r}: more than 0 is accepted, and finite")
+        if not self.answer_prefix:
+            raise ValueError("answer_prefix = '': a text that stands before the label is accepted")
+        if self.reward_calibration_weight and self.ld_alpha is not None:
+            raise ValueError(f"ld_alpha = {self.ld_alpha!r} with reward_calibration_weight: only None is accepted, "
+                             "because the squared term sums all tokens alike")
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-7
 def _fused_output(
@@ -158,13 +165,24 @@ def _fused_output(
 class CATTOTrainer(DPOTrainer):
     "TRL's `DPOTrainer` with the calibration loss of Eq. 7; `calibration_weight=0` is TRL's own step."
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, CATTOConfig):
-            raise TypeError(f"CATTOTrainer takes a CATTOConfig, not a {type(self.args).__name__}")
-        for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
-            if isinstance(rows, Dataset):
-                check_labels(rows, self._tokenizer, self.args, name)
+    def __init__(self, model, ref_model=None, args=None, *others, **kwargs):
+        if not isinstance(args, CATTOConfig):
+            raise TypeError(f"CATTOTrainer takes a CATTOConfig, not a {type(args).__name__}")
+        super().__init__(model, ref_model, args, *others, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        "TRL's tokenised rows, checked before anything is computed from them; rows for `evaluate` come here too."
+        rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(rows, IterableDataset):  # checked as they come
+            def check(row, number):
+                _without_label(row, number, self._tokenizer, args, dataset_name)
+                return row
+            return rows.map(check, with_indices=True)
+        if len(rows) < len(dataset):
+            print(f"{len(dataset) - len(rows)} of {len(dataset)} {dataset_name} rows have a prompt of max_length = "
+                  f"{args.max_length} tokens or more and are left out")
+        check_labels(rows, self._tokenizer, args, dataset_name)
+        return rows
 
     def _compute_loss(self, model, inputs, return_outputs):
         if not (self.args.calibration_weight or self.args.reward_calibration_weight):
@@ -240,23 +258,28 @@ def check_labels(
     name="train",  # what the rows are called in messages
 ):  # number of responses without the answer prefix (0 when it does not matter)
     "Raise `ValueError` when truncation would rob a response of its label, or when no response has one to calibrate."
-    limit, label_only = args.max_length, args.calibration_tokens == "label" and args.calibration_weight > 0
-    without = 0
-    for number, row in enumerate(rows):
-        for side in ("chosen_ids", "rejected_ids"):
-            length = len(row["prompt_ids"]) + len(row[side])
-            cut = limit is not None and length > limit
-            if not (cut or label_only):
-                continue
-            place = label_token(row[side], tokenizer, args.answer_prefix)
-            without += place is None
-            if cut and place is not None and len(row["prompt_ids"]) + place >= limit:
-                raise ValueError(f"{name} row {number}: max_length = {limit} cuts the {side[:-4]} response ({length} tokens with "
-                                 f"its prompt) before its label; raise max_length or leave the row out")
-    if label_only and without == 2 * len(rows):
+    without = sum(_without_label(row, number, tokenizer, args, name) for number, row in enumerate(rows))
+    if without and without == 2 * len(rows):
         raise ValueError(f"no {name} response contains {args.answer_prefix!r}: there is no label token to calibrate")
-    if label_only and without:
+    if without:
         print(f"{without} of {2 * len(rows)} {name} responses have no {args.answer_prefix!r} and are not calibrated")
+    return without
+
+
+def _without_label(row, number, tokenizer, args, name):
+    "How many of a row's two responses have no label (0 when it does not matter). `ValueError` when a cut would take one away."
+    limit, label_only = args.max_length, args.calibration_tokens == "label" and args.calibration_weight > 0
+    keep = slice(-limit, None) if limit is not None and args.truncation_mode == "keep_end" else slice(limit)
+    without, before = 0, len(row["prompt_ids"])
+    for side in ("chosen_ids", "rejected_ids"):
+        places = range(before + len(row[side]))
+        if not label_only and len(places[keep]) == len(places):
+            continue
+        label = label_token(row[side], tokenizer, args.answer_prefix)
+        without += label is None
+        if label is not None and before + label not in places[keep]:
+            raise ValueError(f"{name} row {number}: max_length = {limit} cuts the label off the {side[:-4]} response ({len(places)} "
+                             "tokens with its prompt); raise max_length or leave the row out")
     return without if label_only else 0
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-10
@@ -286,13 +309,14 @@ PREFERENCE_METHODS = {"dpo": _dpo, "dpo_matched": _dpo_matched, "dpo_catto": _dp
 # %% ../nbs/03_train.ipynb #23a2fcf4-11
 def _arguments(settings, seed, folder, kind, epochs):
     "TrainingArguments that both trainers share; `kind` is sft or preference."
-    on_gpu, low = torch.cuda.is_available(), settings.dtype == "bfloat16"
+    on_gpu, low, every = torch.cuda.is_available(), settings.dtype == "bfloat16", getattr(settings, f"{kind}_save_steps")
     return dict(
         output_dir=str(folder), seed=seed, data_seed=seed, num_train_epochs=epochs, use_cpu=not on_gpu, bf16=low and on_gpu,
         gradient_checkpointing=low, per_device_train_batch_size=getattr(settings, f"{kind}_batch_size"),
         learning_rate=getattr(settings, f"{kind}_learning_rate"), lr_scheduler_type="linear", warmup_steps=settings.warmup_share,
         weight_decay=settings.weight_decay, max_length=settings.context_tokens, save_strategy="steps",
-        save_steps=getattr(settings, f"{kind}_save_steps"), logging_steps=10, disable_tqdm=True, report_to="none",
+        save_steps=every, disable_tqdm=True, report_to="none",
+        logging_steps=math.gcd(10, every),  # no log entry spans a checkpoint: a resumed run would lose its first part
         dataloader_pin_memory=on_gpu)
 
 
@@ -313,19 +337,34 @@ def _preference_trainer(settings, rows, seed, folder, base, recipe):
                         processing_class=tokenizer)
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-12
+class _MarkWhole(TrainerCallback):
+    "Write the sizes of a checkpoint's files into it, after they are all there."
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+            write_atomic(folder / "whole.json", json.dumps(sizes))
+
+
 def whole_checkpoints(
     folder,  # output folder of a trainer
 ):  # list of (step, path), by step
-    "The complete checkpoints of a run; incomplete ones are removed."
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text())
-            found.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            print(f"{path.name} was not finished and is removed")
-            shutil.rmtree(path)
-    return sorted(found)
+    "The complete checkpoints of a run, up to the first that is not; that one and later ones are removed."
+    found = sorted((int(path.name.split("-")[1]), path) for path in Path(folder).glob("checkpoint-*"))
+    whole = list(itertools.takewhile(lambda item: _is_whole(item[1]), found))
+    for _, path in found[len(whole):]:  # a later one is made again too, or the best would be sought among fewer
+        print(f"{path.name} is damaged or follows one that is, and is removed")
+        shutil.rmtree(path)
+    return whole
+
+
+def _is_whole(checkpoint):
+    try:
+        sizes = json.loads((checkpoint / "whole.json").read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-13
 def best_checkpoint(
@@ -364,7 +403,7 @@ def train_method(
     folder,  # where model, log and validation predictions are written
     validation,  # validation questions
     base=None,  # folder of the SFT model; needed by preference methods
-):  # (facts, list of files written)
+):  # (list of files written, facts)
     "Train, resuming if there is something to resume, and keep the best checkpoint. Raises `ValueError` for an unknown method."
     if method != "sft" and method not in PREFERENCE_METHODS:
         raise ValueError(f"unknown method {method!r}: accepted are sft, {', '.join(PREFERENCE_METHODS)}")
@@ -379,20 +418,29 @@ def train_method(
     else:
         trainer = _preference_trainer(settings, rows, seed, where, start, PREFERENCE_METHODS[method](settings))
     trainer.remove_callback(PrinterCallback)  # the log is kept as a file
-    done = whole_checkpoints(where)
-    trainer.train(resume_from_checkpoint=str(done[-1][1]) if done else None)
+    trainer.add_callback(_MarkWhole())
+    _train(trainer, whole_checkpoints(where))
     step, path, predictions, scores = best_checkpoint(whole_checkpoints(where), validation, settings)
     return _keep(folder, path, trainer, predictions), {
         "rows": len(trainer.train_dataset), "rows_left_out": left_out, "steps": trainer.state.global_step,
         "best_step": step, "validation_accuracy": scores, "parameters": trainer.model.num_parameters()}
 
 
+def _train(trainer, done):
+    "Train to the end, from the newest of the checkpoints if there is one."
+    if done:  # TRL counts tokens in the trainer; no checkpoint has the count, but the log has
+        log = json.loads((done[-1][1] / "trainer_state.json").read_text())["log_history"]
+        trainer._total_train_tokens = int(max((row["num_tokens"] for row in log if "num_tokens" in row), default=0))
+    trainer.train(resume_from_checkpoint=str(done[-1][1]) if done else None)
+
+
 def _keep(folder, checkpoint, trainer, predictions):
     "Copy the best checkpoint's model and tokenizer, write log and predictions; the files written."
     shutil.rmtree(folder / "model", ignore_errors=True)
-    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README")
+    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole")
     shutil.copytree(checkpoint, folder / "model", ignore=shutil.ignore_patterns(*(f"{name}*" for name in state)))
-    pd.DataFrame(trainer.state.log_history).to_csv(folder / "training_log.csv", index=False)
+    log = [row for row in trainer.state.log_history if "train_runtime" not in row]  # the last row is seconds of this process
+    pd.DataFrame(log).set_index("step").sort_index(axis=1).to_csv(folder / "training_log.csv")  # a checkpoint sorts the names
     predictions.to_parquet(folder / "predictions_validation.parquet", index=False)
     return [folder / "training_log.csv", folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
 

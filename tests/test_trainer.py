@@ -5,7 +5,9 @@ import inspect
 import math
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -822,16 +824,35 @@ def test_a_damaged_earlier_checkpoint_still_takes_part_in_the_selection(world, s
 
 
 def test_the_seed_decides_everything(world, uninterrupted, tmp_path):
+    np.random.seed(7), torch.manual_seed(7)  # what else the process has drawn does not matter
     run(world, tmp_path / "again", "dpo_catto")
     assert_same(left_behind(tmp_path / "again"), uninterrupted["dpo_catto"][1])
-    for method in ("sft", "dpo_catto"):
-        run(world, tmp_path / method, method, seed=1)
-        name = "predictions_validation.parquet"
-        assert left_behind(tmp_path / method)[name] != uninterrupted[method][1][name], method
+    run(world, tmp_path / "sft", "sft", seed=1)
+    run(world, tmp_path / "catto", "dpo_catto", seed=1)
+    name = "predictions_validation.parquet"
+    assert left_behind(tmp_path / "sft")[name] != uninterrupted["sft"][1][name]
+    assert left_behind(tmp_path / "catto")[name] != uninterrupted["dpo_catto"][1][name]
+
+
+@pytest.mark.parametrize("every_pair", [True, False])
+def test_the_seed_draws_the_pairs_and_their_order(world, tmp_path, every_pair):
+    "The order also where all pairs are taken, so that the draw does not hide it."
+    quick, rows, _, base = world
+    recipe = dataclasses.replace(train.PREFERENCE_METHODS["dpo_catto"](quick), pairs=None if every_pair else 24)
+    drawn, first = {}, {}
+    for seed in (0, 1):
+        trainer = train._preference_trainer(quick, rows["dpo_catto"], seed, tmp_path, load_model(base), recipe)
+        drawn[seed] = sorted(trainer.train_dataset["prompt"])
+        transformers.set_seed(3)  # the order comes from the trainer's own arguments
+        first[seed] = next(iter(trainer.get_train_dataloader()))["input_ids"].tolist()
+    assert len(drawn[0]) == (40 if every_pair else 24) and (drawn[0] == drawn[1]) == every_pair
+    assert first[0] != first[1]
 
 
 def test_what_a_run_reports(uninterrupted):
-    facts, _ = uninterrupted["dpo_catto"]
+    facts, files = uninterrupted["dpo_catto"]
+    assert {Path(name).stem for name in files if name.startswith("model/")} <= {
+        "model", "config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "chat_template"}
     assert facts["rows"] == 24 and facts["rows_left_out"] == 0 and facts["steps"] == 12
     assert list(facts["validation_accuracy"]) == [4, 8, 12]
     best = max(facts["validation_accuracy"].values())
