@@ -18,13 +18,14 @@ export DO_NOT_TRACK             := 1
 export TOKENIZERS_PARALLELISM   := false
 export JUPYTER_PREFER_ENV_PATH  := 1
 export PYTHONNOUSERSITE         := 1
+# MPLBACKEND stays unset: kernels then draw inline, and the executed notebooks hold their figures.
 export IPYTHONDIR               := $(CURDIR)/.venv/ipython
-unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
+unexport JUPYTER_PATH PYTHONPATH PYTHONHOME MPLBACKEND
 
 # Steps that snakemake starts find papermill on the PATH. Only the paper profile may reach the hub.
 OFFLINE   := HF_HUB_OFFLINE=1
-ONE_CORE  := $(OFFLINE) OMP_NUM_THREADS=1 MPLBACKEND=Agg
-SNAKEMAKE  = env PATH="$(BIN):$$PATH" MPLBACKEND=Agg $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) \
+ONE_CORE  := $(OFFLINE) OMP_NUM_THREADS=1
+SNAKEMAKE  = env PATH="$(BIN):$$PATH" $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) \
              "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --nolock --rerun-incomplete
 WORDS      = --config profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(CONFIG)
 
