@@ -423,6 +423,8 @@ def load_questions(
         rows = [{**row, "split": split} for row in rows[: n or None]]
     if counts:
         print(f"{task} {split}: dropped {dict(counts)}")
+    if not rows:
+        raise ValueError(f"{task} {split} from {str(source)!r}: no question is left, dropped {dict(counts)}")
     if dropped is not None:
         dropped.update(counts)
     return Dataset.from_list(list(validate_questions(rows)))

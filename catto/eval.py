@@ -24,7 +24,7 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import ANSWER_PREFIX, format_prompt, label_token, load_questions, parse_answer, prepare_data
-from .settings import code_hash, file_hash, load, run_folder, run_step, write_summary
+from .settings import METHOD_NAMES, code_hash, file_hash, load, run_folder, run_step, write_summary
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-2
 def _probabilities(
@@ -375,13 +375,18 @@ def calibration_report(
     return {"n": len(c)} | {key: float(value) for key, value in numbers.items()} | {"n_bins": int(n_bins)}
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-18
+def _label_ids(tokenizer, labels, lead):
+    "The first token of each label after `lead`."
+    return [tokenizer.encode(lead + label, add_special_tokens=False)[0] for label in labels]
+
+
 def first_tokens(
     tokenizer,  # tokenizer of the model
     labels,  # label set
     lead="",  # text between the last token before the label and the label itself
 ):  # list of token ids, one for each label
     "The first token of each label as it is written after `lead`. Raises `ValueError` when two labels share one."
-    ids = [tokenizer.encode(lead + label, add_special_tokens=False)[0] for label in labels]
+    ids = _label_ids(tokenizer, labels, lead)
     for i, j in itertools.combinations(range(len(ids)), 2):
         if ids[i] == ids[j]:
             raise ValueError(f"labels {labels[i]!r} and {labels[j]!r} start with the same token {tokenizer.decode(ids[i])!r}: "
@@ -417,10 +422,11 @@ def _generate(model, tokenizer, prompts, max_new_tokens):
 
 
 def _next_token_probs(model, tokenizer, rows):
-    "Probabilities of the next token after each token list, float32, (B, V)."
+    "Probabilities of the next token after each token list, (B, V), summed in float64: a vocabulary has 150,000 terms."
     ids, mask = _left_pad(rows, tokenizer.pad_token_id, model.device)
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, -1]
-    return logits.float().log_softmax(-1).exp().cpu()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate() counts them: padding is no position
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
+    return logits.double().softmax(-1).cpu()
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-21
 def _answer_position(question, generated, tokenizer):
@@ -434,9 +440,29 @@ def _answer_position(question, generated, tokenizer):
     before = tokenizer.decode(generated[:position], clean_up_tokenization_spaces=False)
     rest = text[len(before):]
     lead = rest[: len(rest) - len(rest.lstrip(" \t\r\n>([{*\"'`"))]
-    return predicted, generated[:position], first_tokens(tokenizer, question["options"], lead)
+    # Labels may share a token after an odd lead, such as a tab: the answer is clear, and its confidence needs none of them.
+    return predicted, generated[:position], _label_ids(tokenizer, question["options"], lead)
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-22
+def _predict_batch(model, tokenizer, batch, max_new_tokens):
+    "One row for each question of a batch."
+    prompts = [tokenizer(format_prompt(q))["input_ids"] for q in batch]
+    generated, ended = _generate(model, tokenizer, prompts, max_new_tokens)
+    places = [_answer_position(q, g, tokenizer) for q, g in zip(batch, generated)]
+    probs = _next_token_probs(model, tokenizer, [p + before for p, (_, before, _) in zip(prompts, places)])
+    for q, g, end, (predicted, _, label_ids), p in zip(batch, generated, ended, places, probs):
+        fallback, best = predicted is None, int(p[label_ids].argmax())
+        predicted = q["options"][best] if fallback else predicted
+        yield {
+            "id": q["id"], "task": q["task"], "candidate": 0, "label": q["label"], "predicted": predicted,
+            "confidence": min(float(p[label_ids[best]] if fallback else p.max()), 1.0),  # rounding may exceed 1
+            "in_option_mass": min(float(p[sorted(set(label_ids))].sum()), 1.0),
+            "correct": predicted == q["label"], "fallback": fallback, "parsed": not fallback,
+            "p_correct": q["posterior"][q["options"].index(predicted)] if q.get("posterior") else float("nan"),
+            "finished": end, "tokens": len(g), "text": tokenizer.decode(g, clean_up_tokenization_spaces=False),
+        }
+
+
 @torch.no_grad()
 def predict(
     model,  # causal language model
@@ -448,28 +474,13 @@ def predict(
     "Greedy answers with label confidence. Raises `ValueError` for a tokenizer without a pad token."
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before predict()")
-    training, rows = model.training, []
+    training, questions = model.training, list(questions)
     model.eval()
-    for start in range(0, len(questions), batch_size):
-        batch = [questions[i] for i in range(start, min(start + batch_size, len(questions)))]
-        prompts = [tokenizer(format_prompt(q))["input_ids"] for q in batch]
-        generated, ended = _generate(model, tokenizer, prompts, max_new_tokens)
-        places = [_answer_position(q, g, tokenizer) for q, g in zip(batch, generated)]
-        probs = _next_token_probs(model, tokenizer, [p + before for p, (_, before, _) in zip(prompts, places)])
-        for q, g, end, (predicted, _, label_ids), p in zip(batch, generated, ended, places, probs):
-            fallback = predicted is None
-            label_probs = p[label_ids]
-            predicted = q["options"][int(label_probs.argmax())] if fallback else predicted
-            rows.append({
-                "id": q["id"], "task": q["task"], "candidate": 0, "label": q["label"], "predicted": predicted,
-                "confidence": min(float(label_probs.max() if fallback else p.max()), 1.0),  # rounding may exceed 1
-                "in_option_mass": float(label_probs.sum()),
-                "correct": predicted == q["label"], "fallback": fallback, "parsed": not fallback,
-                "p_correct": q["posterior"][q["options"].index(predicted)] if q.get("posterior") else float("nan"),
-                "finished": end, "tokens": len(g), "text": tokenizer.decode(g, clean_up_tokenization_spaces=False),
-            })
-    model.train(training)
-    return Dataset.from_list(rows)
+    try:
+        batches = (questions[start : start + batch_size] for start in range(0, len(questions), batch_size))
+        return Dataset.from_list([row for batch in batches for row in _predict_batch(model, tokenizer, batch, max_new_tokens)])
+    finally:
+        model.train(training)
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-23
 def evaluate_method(
@@ -480,6 +491,8 @@ def evaluate_method(
     root=".",  # folder that holds data/runs
 ):  # the manifest
     "Predict the test questions with a trained method and save them as parquet, with what produced them in every row."
+    if method not in METHOD_NAMES:
+        raise ValueError(f"unknown method {method!r}: accepted are {', '.join(METHOD_NAMES)}")
     folder = run_folder(root, settings, task, seed, method)
     questions_file = run_folder(root, settings, task, seed, "data") / "test.parquet"
     trained = folder / "train.json"

@@ -394,6 +394,12 @@ def start_model(settings, rows, seed):
     return build_model(settings, tokenizer, seed), tokenizer
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-15
+def _known(method):
+    "Raise `ValueError` naming the methods there are, unless `method` is one of them."
+    if method != "sft" and method not in PREFERENCE_METHODS:
+        raise ValueError(f"unknown method {method!r}: accepted are sft, {', '.join(PREFERENCE_METHODS)}")
+
+
 def train_method(
     settings,  # Settings
     dataset,  # SFT rows for "sft", preference rows for every other method
@@ -405,8 +411,7 @@ def train_method(
     base=None,  # folder of the SFT model; needed by preference methods
 ):  # (list of files written, facts)
     "Train, resuming if there is something to resume, and keep the best checkpoint. Raises `ValueError` for an unknown method."
-    if method != "sft" and method not in PREFERENCE_METHODS:
-        raise ValueError(f"unknown method {method!r}: accepted are sft, {', '.join(PREFERENCE_METHODS)}")
+    _known(method)
     if method != "sft" and base is None:
         raise ValueError(f"method {method!r} starts from an SFT model: give base=<its folder>")
     folder = Path(folder)
@@ -469,6 +474,8 @@ def train_methods(
     root=".",  # folder that holds data/runs
 ):  # dict method -> manifest
     "Train the methods that are not done yet."
+    for method in methods or settings.methods:
+        _known(method)
     data, manifests = run_folder(root, settings, task, seed, "data"), {}
     validation = Dataset.from_parquet(str(data / "validation.parquet"))
     for method in methods or settings.methods:

@@ -3,7 +3,6 @@
 A run starts four notebooks one after another, and most of its time goes into imports. So the runs that the tests look
 at go on in the background, two at a time, and all but one of them leave out the notebooks' examples.
 """
-import collections
 import configparser
 import functools
 import itertools
@@ -25,9 +24,9 @@ import psutil
 import pytest
 from datasets import Dataset
 
-from catto.data import build_sft, prepare_data, question_key
+from catto.data import prepare_data
 from catto.settings import file_hash, load
-from catto.train import train_method, train_methods
+from catto.train import train_methods
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = "02_data_gen", "03_train", "04_eval", "06_report"
@@ -96,11 +95,11 @@ class Run:
     def __init__(self, folder, *words, profile="tiny", config=""):
         self.mark, self.log = uuid.uuid4().hex, folder / f"make-{next(self.numbers)}.log"
         # A make that runs pytest hands its own flags down.
-        env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "SEEDS", "JOBS", "CONFIG")}
-        config = f"settings={folder / 'tiny.ini'} {config}"
+        ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "SEEDS", "JOBS", "CONFIG"}
+        env = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1", MARK: self.mark}
+        command = ["make", "reproduce", f"PROFILE={profile}", f"CONFIG=settings={folder / 'tiny.ini'} {config}", *words]
         with open(self.log, "w") as file:
-            self.process = subprocess.Popen(["make", "reproduce", f"PROFILE={profile}", f"CONFIG={config}", *words], cwd=folder, stdout=file,
-                                            stderr=subprocess.STDOUT, env={**env, "OMP_NUM_THREADS": "1", MARK: self.mark}, start_new_session=True)
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
     def end(self):
         "Wait; (exit code, output). No process outlives this, not even if it takes too long."
@@ -169,22 +168,27 @@ def runs(*scenarios):
 
 @pytest.fixture(scope="module")
 def scenario(request, tmp_path_factory):
-    "scenario(f) -> what f(folder, scenario) returned; those of the selected tests start at once, two at a time, in order."
+    "scenario(f) -> what f(folder, scenario, samples) returned; those of the selected tests start at once, two at a time, in order."
+    try:
+        samples = request.getfixturevalue("real_samples")
+    except pytest.skip.Exception:
+        samples = None
     if not (REPO / ".venv" / ".installed").exists():
         pytest.skip("no .venv in the repository: `make venv` makes it, `make test` runs in it")
     with ThreadPoolExecutor(2) as pool:
         @functools.cache
         def future(run):
-            return pool.submit(run, tmp_path_factory.mktemp(run.__name__), lambda other: future(other).result())
+            return pool.submit(run, tmp_path_factory.mktemp(run.__name__), lambda other: future(other).result(), samples)
 
         for item in request.session.items:
             if item.module is request.module:
                 for run in getattr(item.function, "scenarios", ()):
-                    future(run)
+                    if samples or run is not real:
+                        future(run)
         yield lambda run: future(run).result()
 
 
-def whole(folder, _):
+def whole(folder, *_):
     "The notebooks as they are, all files below another root; then the same command again."
     copy, root = copy_repository(folder / "copy", examples=True), folder / "root"
     (root / "data").mkdir(parents=True)
@@ -202,7 +206,8 @@ def test_everything_is_there(scenario):
     expected = {f"{UNIT}/{name}" for name in ("data/manifest.json", "train_all.json", "eval_all.json", "02_data_gen.ipynb",
                                               "03_train_all.ipynb", "04_eval_all.ipynb")}
     expected |= {f"{UNIT}/{m}/{name}" for m in METHODS for name in (
-        "train.json", "eval.json", "training_log.csv", "predictions_validation.parquet", "predictions_test.parquet", "model/model.safetensors")}
+        "train.json", "eval.json", "training_log.csv", "predictions_validation.parquet", "predictions_test.parquet",
+        "model/model.safetensors")}
     expected |= {REPORT, "data/runs/tiny/06_report.ipynb"}
     expected |= {f"figures/tiny/{name}" for name in ("table01.csv", "table01.md", "scores.csv", "figure1_commonsense_qa.svg")}
     there = {path.relative_to(root).as_posix() for path in files if path.stat().st_size}
@@ -263,8 +268,8 @@ def check_predictions(root, source="mini", n=TINY["test_questions"]):
         rows = predictions(root, method)
         assert rows["id"].tolist() == questions["id"] and rows["label"].tolist() == questions["label"]
         assert set(rows.columns) == {
-            "id", "task", "candidate", "label", "predicted", "confidence", "in_option_mass", "correct", "fallback", "parsed", "p_correct",
-            "finished", "tokens", "text", "profile", "trained_on", "method", "seed", "split"}
+            "id", "task", "candidate", "label", "predicted", "confidence", "in_option_mass", "correct", "fallback", "parsed",
+            "p_correct", "finished", "tokens", "text", "profile", "trained_on", "method", "seed", "split"}
         assert not rows.drop(columns="p_correct").isna().any(axis=None)
         assert rows["p_correct"].isna().all() if source != "mini" else rows["p_correct"].between(0, 1).all()
         assert all(p in options for p, options in zip(rows["predicted"], questions["options"]))
@@ -299,7 +304,8 @@ def test_predictions_are_complete(scenario):
 @runs(whole)
 def test_table_holds_every_method_with_the_papers_number(scenario):
     table = check_table(scenario(whole)[0])
-    paper = pd.read_csv(REPO / "data" / "paper" / "table01.csv").query("dataset == 'commonsense_qa'").set_index(["method", "metric"])["value"]
+    paper = pd.read_csv(REPO / "data" / "paper" / "table01.csv").query("dataset == 'commonsense_qa'")
+    paper = paper.set_index(["method", "metric"])["value"]
     printed = table.set_index(["method", "metric"])["paper"]
     for method in ("sft", "dpo", "dpo_catto"):
         assert all(printed[method, metric] == paper[method, metric] for metric in ("accuracy", "ece"))
@@ -308,10 +314,10 @@ def test_table_holds_every_method_with_the_papers_number(scenario):
 
 # --- a job for each method ---------------------------------------------------------------------------------------------------
 
-SINGLE = "sft", "dpo_matched", "dpo_catto"
+SINGLE = "sft", "dpo_matched"
 
 
-def single_jobs(folder, _):
+def single_jobs(folder, *_):
     "Methods that are each a training and an evaluation job of its own."
     copy = copy_repository(folder / "copy", group_methods="false", methods=" ".join(SINGLE))
     make(copy)
@@ -356,11 +362,11 @@ def killed(folder, whole_group):
     return copy, alive, orphans, again, third, story
 
 
-def killed_make(folder, _):
+def killed_make(folder, *_):
     return killed(folder, whole_group=False)
 
 
-def killed_group(folder, _):
+def killed_group(folder, *_):
     return killed(folder, whole_group=True)
 
 
@@ -378,7 +384,7 @@ def test_killed_run_ends_with_the_same_results(scenario, kill):
 
 # --- two at once -------------------------------------------------------------------------------------------------------------
 
-def doubled(folder, _):
+def doubled(folder, *_):
     "The same command twice at the same moment, on the same files."
     copy = copy_repository(folder / "copy")
     both = [Run(copy), Run(copy)]
@@ -399,18 +405,19 @@ def test_two_runs_at_once_both_succeed_with_one_set_of_results(scenario):
 TRAPS = {
     "02_data_gen": (1, "raise SystemExit(0)", f"{UNIT}/data/manifest.json"),
     "03_train": (-2, "import os; os._exit(1)", f"{UNIT}/train_all.json"),  # everything is trained, all but the summary is written
-    "04_eval": (-2, "import sys; sys.exit(0)", f"{UNIT}/eval_all.json"),
+    "04_eval": (1, "import sys; sys.exit(0)", f"{UNIT}/eval_all.json"),
     "06_report": (1, "import os; os._exit(1)", REPORT),
 }
 
 
-def trapped(folder, scenario):
+def trapped(folder, scenario, _):
     "A finished run of which one step is taken back, and then ends early, for each step in turn."
     ends = {}
     for name, (place, source, output) in TRAPS.items():
         copy = copy_repository(folder / name, spoil={name: (place, source)})
         shutil.copytree(scenario(whole)[0] / "data" / "runs", copy / "data" / "runs")
-        (copy / output).unlink()
+        for path in {output, REPORT}:  # Snakemake makes nothing anew that only something finished was made from
+            (copy / path).unlink()
         code, text = Run(copy).end()
         ends[name] = code, text, (copy / output).exists(), re.findall(r"^Job \d+: (\w+)", text, flags=re.M)
     return ends
@@ -448,42 +455,39 @@ def usable(row):
 
 
 REAL = dict(source="rows", teacher="rehearsal", train_questions=0, preference_questions=0, context_tokens=512, test_questions=30,
-            catto_pairs=8, dpo_epochs=1)  # 4 steps of CATTO: fewer than TRL takes between two lines of its log
+            catto_pairs=8, dpo_epochs=1, preference_save_steps=10)  # CATTO takes 4 steps and logs every 10: its log has no loss
 
 
-@pytest.fixture(scope="module")
-def rows(real_samples, tmp_path_factory):
-    "Real rows of CommonsenseQA in hub splits, and real and made ones that have to be dropped; the folder and the counts by reason."
-    csqa = real_samples / "commonsense_qa"
-    train, validation, quirks = (read_rows(csqa / f"{name}.jsonl") for name in ("train", "validation", "quirks_duplicate_choice_text"))
+def real(folder, _, samples):
+    "Real rows of CommonsenseQA and some that have to be dropped; the copy, the training rows, the counts of dropped rows."
+    train, validation, quirks = (read_rows(samples / "commonsense_qa" / f"{name}.jsonl") for name in (
+        "train", "validation", "quirks_duplicate_choice_text"))
     good = next(row for row in validation if usable(row))
     train += quirks + [{**good, "id": "leak"}]
     validation += [{**good, "id": "hidden", "answerKey": ""}, {**good, "id": "outside", "answerKey": "F"}]
     dropped = {"repeated choices": sum(not usable(row) for row in train + validation), "hidden label": 1,
                "label 'F' outside the options": 1, "also in the evaluation split": 1}
-    return write_rows(tmp_path_factory.mktemp("rows"), train=train, validation=validation), train, dropped
-
-
-@pytest.fixture(scope="module")
-def real(rows, tmp_path_factory):
-    copy = copy_repository(tmp_path_factory.mktemp("real") / "copy", **{**REAL, "source": rows[0]})
+    copy = copy_repository(folder / "copy", **{**REAL, "source": write_rows(folder / "rows", train=train, validation=validation)})
     make(copy)
-    return copy
+    return copy, train, dropped
 
 
-def test_real_rows_reach_the_table(real):
-    check_predictions(real, source="rows", n=30)
-    check_table(real, n=30)
-    text = (real / "figures" / "tiny" / "table01.md").read_text()
+@runs(real)
+def test_real_rows_reach_the_table(scenario, real_samples):
+    copy = scenario(real)[0]
+    check_predictions(copy, source="rows", n=30)
+    check_table(copy, n=30)
+    text = (copy / "figures" / "tiny" / "table01.md").read_text()
     assert "mini world" not in text and "the paper's data sets" in text
-    assert (real / "figures" / "tiny" / "figure1_commonsense_qa.svg").read_text().count("ECE ") >= len(METHODS)
+    assert (copy / "figures" / "tiny" / "figure1_commonsense_qa.svg").read_text().count("ECE ") >= len(METHODS)
     for method in METHODS:
-        assert manifest(real, f"{method}/train.json")["steps"] > 0
+        assert manifest(copy, f"{method}/train.json")["steps"] > 0
 
 
-def test_real_rows_are_kept_or_counted(real, rows):
-    _, train, dropped = rows
-    made = manifest(real, "data/manifest.json")
+@runs(real)
+def test_real_rows_are_kept_or_counted(scenario, real_samples):
+    copy, train, dropped = scenario(real)
+    made = manifest(copy, "data/manifest.json")
     assert made["dropped_questions"] == dropped
     lost = sum(not usable(row) for row in train) + 1
     n = made["rows"]["train"]
@@ -492,17 +496,19 @@ def test_real_rows_are_kept_or_counted(real, rows):
     assert sum(made["preferences"][key] for key in ("kept", "few_correct", "few_incorrect")) == n
     assert made["rows"]["responses"] == n * (1 + TINY["preference_samples"])
     for method in METHODS:
-        facts = manifest(real, f"{method}/train.json")
+        facts = manifest(copy, f"{method}/train.json")
         there = made["rows"]["sft" if method == "sft" else "preferences"] - facts["rows_left_out"]
         assert facts["rows"] == (there if method in ("sft", "dpo") else min(REAL["catto_pairs"], there))
 
 
-def test_no_real_question_is_in_two_splits(real):
-    keys = {split: {(tidy(q["prompt"]), frozenset(map(tidy, q["choices"]))) for q in Dataset.from_parquet(str(real / UNIT / "data" / f"{split}.parquet"))}
+@runs(real)
+def test_no_real_question_is_in_two_splits(scenario, real_samples):
+    data = scenario(real)[0] / UNIT / "data"
+    keys = {split: {(tidy(q["prompt"]), frozenset(map(tidy, q["choices"]))) for q in Dataset.from_parquet(str(data / f"{split}.parquet"))}
             for split in ("train", "validation", "test")}
     for one, other in itertools.combinations(keys.values(), 2):
         assert one and other and not one & other
-    trained = Dataset.from_parquet(str(real / UNIT / "data" / "sft.parquet"))
+    trained = Dataset.from_parquet(str(data / "sft.parquet"))
     assert {tidy(text) for text in trained["question"]} <= {prompt for prompt, _ in keys["train"]}
 
 

@@ -264,7 +264,8 @@ def test_answers_and_fallbacks_share_a_batch(tokenizer):
             model.plan(q, ["so " * i], elsewhere=distribution(model, shares(" ", B=0.1, D=0.16)))
     for batch_size in (1, 3, 8):
         found = seen(model, rows, batch_size=batch_size)
-        assert [(row["id"], row["predicted"], row["fallback"]) for row in found] == [(q["id"], "DB"[i % 2], i % 2 == 0) for i, q in enumerate(rows)]
+        expected = [(q["id"], "DB"[i % 2], i % 2 == 0) for i, q in enumerate(rows)]
+        assert [(row["id"], row["predicted"], row["fallback"]) for row in found] == expected
         assert [row["confidence"] for row in found] == pytest.approx([0.16, 0.5] * 4, abs=1e-6)
 
 
@@ -274,8 +275,9 @@ def test_a_bfloat16_models_confidence_is_not_rounded(tokenizer):
     "Its logits are bfloat16; the softmax over them is not, and near 1 it keeps what bfloat16 would round away."
     model, rows = Scripted(tokenizer, dtype=torch.bfloat16), questions(5)
     for i, q in enumerate(rows):
-        model.plan(q, [ANSWER, " B", " </answer>"], {1: distribution(model, shares(" ", B=0.55), np.random.default_rng(i)) if i else
-                                                     distribution(model, {f" {o}": 0.998 if o == "B" else 1e-4 for o in LETTERS})})
+        nearly_certain = {f" {o}": 0.998 if o == "B" else 1e-4 for o in LETTERS}
+        planted = distribution(model, shares(" ", B=0.55) if i else nearly_certain, np.random.default_rng(i))
+        model.plan(q, [ANSWER, " B", " </answer>"], {1: planted})
     exact = []
     for response, places, _ in model.plans.values():
         logits = (next(iter(places.values())).log() + 3.7).to(torch.bfloat16).double()
@@ -454,7 +456,8 @@ def test_a_method_is_evaluated_once_and_saved_with_what_produced_it(trained, tok
     saved, time = pd.read_parquet(path), path.stat().st_mtime_ns
     assert (manifest["n"], manifest["fallbacks"]) == (5, int(saved["fallback"].sum()))
     assert list(manifest["outputs"]) == ["predictions_test.parquet"]
-    for name, value in dict(profile="smoke", trained_on="commonsense_qa", method="dpo_catto", seed=3, split="test", task="commonsense_qa").items():
+    task = "commonsense_qa"
+    for name, value in dict(profile="smoke", trained_on=task, method="dpo_catto", seed=3, split="test", task=task).items():
         assert (saved[name] == value).all()
     direct = predict(*load_model(folder / "model"), rows, 2, 4).to_pandas()
     pd.testing.assert_frame_equal(saved[direct.columns], direct)
