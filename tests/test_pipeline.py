@@ -1,4 +1,4 @@
-"""`make reproduce` as a user runs it, on a profile of a few steps: whole, in single jobs, killed, doubled, on real rows.
+"""`make reproduce` as a user runs it, on a profile of a few steps: whole, killed, in single jobs, doubled, on real rows.
 
 A run starts four notebooks one after another, and most of its time goes into imports. So the runs that the tests look
 at go on in the background, two at a time, and all but one of them leave out the notebooks' examples.
@@ -33,13 +33,15 @@ NOTEBOOKS = "02_data_gen", "03_train", "04_eval", "06_report"
 METHODS = "sft", "dpo", "dpo_matched", "dpo_catto"
 UNIT = "data/runs/tiny/commonsense_qa/seed0"
 REPORT = "data/runs/tiny/report_seeds-0.json"
+MANIFESTS = [f"{UNIT}/data/manifest.json", f"{UNIT}/train_all.json", f"{UNIT}/eval_all.json", REPORT]  # what the steps end with, in order
 NOTHING = "Nothing to be done"
 MARK = "CATTO_TEST_PIPELINE"  # an environment variable by which the processes of a run are found again
 
 TINY = dict(
     hidden_size=16, hidden_layers=1, attention_heads=2, key_value_heads=1, mlp_size=32, train_questions=120, preference_questions=60,
     preference_samples=6, min_incorrect=2, validation_questions=12, test_questions=16, sft_epochs=3, sft_save_steps=6,
-    preference_batch_size=4, catto_pairs=24, preference_save_steps=6, max_new_tokens=24, generation_batch_size=64, bootstrap_resamples=20)
+    preference_batch_size=4, catto_pairs=24, preference_save_steps=6, max_new_tokens=24, generation_batch_size=64,
+    bootstrap_resamples=20)
 
 
 # --- a copy of the repository, and what runs in it --------------------------------------------------------------------------
@@ -312,37 +314,14 @@ def test_table_holds_every_method_with_the_papers_number(scenario):
     assert np.isnan(printed["dpo_matched", "ece"])  # the control that the paper lacks
 
 
-# --- a job for each method ---------------------------------------------------------------------------------------------------
-
-SINGLE = "sft", "dpo_matched"
-
-
-def single_jobs(folder, *_):
-    "Methods that are each a training and an evaluation job of its own."
-    copy = copy_repository(folder / "copy", group_methods="false", methods=" ".join(SINGLE))
-    make(copy)
-    return copy
-
-
-@runs(whole, single_jobs)
-def test_single_jobs_give_the_same_predictions(scenario):
-    together, apart = scenario(whole)[0], scenario(single_jobs)
-    assert {path.name for path in (apart / UNIT).glob("*.json")} == {f"{step}_{m}.json" for step in ("train", "eval") for m in SINGLE}
-    for method, split in itertools.product(SINGLE, ("validation", "test")):
-        name = f"{UNIT}/{method}/predictions_{split}.parquet"
-        assert (apart / name).read_bytes() == (together / name).read_bytes(), name
-
-
 # --- kill -9 -----------------------------------------------------------------------------------------------------------------
 
-def killed(folder, whole_group):
-    """Kill a run when a drawn number of files has come to be and a drawn time has passed; run it again, and once more.
+def killed(copy, whole_group, most):
+    """Kill a run when a drawn number of files, at most `most`, has come to be and a drawn time has passed; run it again, and once more.
     Files are counted rather than seconds, so that a busy machine does not move the moment behind the end."""
     seed = int(os.environ.get("CATTO_KILL_SEED") or random.SystemRandom().randrange(2**32))
     rng = random.Random(f"{seed} {whole_group}")
-    files, pause = rng.randint(1, 45), rng.uniform(0, 1)
-    copy, seen = copy_repository(folder / "copy"), set()
-    run = Run(copy)
+    files, pause, seen, run = rng.randint(1, most), rng.uniform(0, 1), set(), Run(copy)
     try:
         while run.process.poll() is None and len(seen) < files:
             seen |= {path for path in (copy / "data" / "runs").rglob("*") if ".partial" not in path.name}
@@ -354,39 +333,68 @@ def killed(folder, whole_group):
         else:
             run.process.kill()  # snakemake, papermill and the kernel go on
         run.process.wait()
-        before, orphans = results(copy), len(run.left())
+        there, orphans = len(results(copy)), len(run.left())
         again, third = Run(copy).end(), Run(copy).end()
     finally:
         run.kill_all()
-    story = f"seed {seed}: killed after {files} files and {pause:.2f} s, {orphans} orphans left, {len(before)} results there"
+    story = (f"killed after {files} files and {pause:.2f} s: {orphans} orphans went on, {there} results were there; "
+             f"CATTO_KILL_SEED={seed} draws the same moment")
     return copy, alive, orphans, again, third, story
 
 
 def killed_make(folder, *_):
-    return killed(folder, whole_group=False)
+    "make alone is killed; what it started goes on beside the next run."
+    return killed(copy_repository(folder / "copy"), whole_group=False, most=45)
 
 
-def killed_group(folder, *_):
-    return killed(folder, whole_group=True)
+SINGLE = "sft", "dpo_matched"
 
 
-@runs(whole, killed_make, killed_group)
-@pytest.mark.parametrize("kill", [killed_make, killed_group])
-def test_killed_run_ends_with_the_same_results(scenario, kill):
-    copy, alive, orphans, (code, output), (third_code, third_output), story = scenario(kill)
-    print(story, f"(to draw the same moment again: CATTO_KILL_SEED={story.split()[1][:-1]})")
+def killed_single_jobs(folder, *_):
+    "make and all its processes are killed (the kernel has a group of its own), each method being a job of its own."
+    copy = copy_repository(folder / "copy", group_methods="false", methods=" ".join(SINGLE))
+    return killed(copy, whole_group=True, most=25)
+
+
+@runs(whole, killed_make, killed_single_jobs)
+@pytest.mark.parametrize("kill", [killed_make, killed_single_jobs])
+def test_a_killed_run_goes_on_and_then_has_nothing_to_do(scenario, kill):
+    _, alive, orphans, (code, output), (third_code, third_output), story = scenario(kill)
+    print(story)
     assert alive, "the run had ended before it was killed, so nothing was tested"
     assert orphans if kill is killed_make else True
     assert code == 0, output
-    assert results(copy) == results(scenario(whole)[0])
     assert third_code == 0 and NOTHING in third_output, third_output
+
+
+@runs(whole, killed_make)
+def test_a_killed_run_ends_with_the_same_results(scenario):
+    copy, *_, story = scenario(killed_make)
+    print(story)
+    assert results(copy) == results(scenario(whole)[0])
+
+
+@runs(whole, killed_single_jobs)
+def test_single_jobs_give_the_same_predictions_and_scores(scenario):
+    together, (apart, *_, story) = scenario(whole)[0], scenario(killed_single_jobs)
+    print(story)
+    assert {path.name for path in (apart / UNIT).glob("*.json")} == {f"{step}_{m}.json" for step in ("train", "eval") for m in SINGLE}
+    ours, theirs = results(apart), results(together)
+    names = [f"{UNIT}/{method}/predictions_{split}.parquet" for method in SINGLE for split in ("validation", "test")]
+    assert [ours[name] for name in names] == [theirs[name] for name in names]
+    for name in ("table01.csv", "scores.csv"):
+        lines = [(root / "figures" / "tiny" / name).read_text().splitlines() for root in (apart, together)]
+        assert len(lines[0]) == 1 + (len(lines[1]) - 1) // 2 and set(lines[0]) < set(lines[1])
 
 
 # --- two at once -------------------------------------------------------------------------------------------------------------
 
-def doubled(folder, *_):
-    "The same command twice at the same moment, on the same files."
+def doubled(folder, scenario, _):
+    "The same command twice at the same moment on the same files: one method is not trained, none is evaluated."
     copy = copy_repository(folder / "copy")
+    shutil.copytree(scenario(whole)[0] / "data" / "runs", copy / "data" / "runs")
+    for path in (copy / UNIT / "dpo_catto" / "train.json", *(copy / UNIT).glob("*/eval.json"), *MANIFESTS[1:]):
+        (copy / path).unlink()
     both = [Run(copy), Run(copy)]
     return copy, [run.end() for run in both]
 
@@ -401,25 +409,25 @@ def test_two_runs_at_once_both_succeed_with_one_set_of_results(scenario):
 
 # --- steps that end early ----------------------------------------------------------------------------------------------------
 
-# notebook: (number of the cell that is put in, its source, the manifest that must not be there)
+# notebook: (number of the cell that is put in, its source)
 TRAPS = {
-    "02_data_gen": (1, "raise SystemExit(0)", f"{UNIT}/data/manifest.json"),
-    "03_train": (-2, "import os; os._exit(1)", f"{UNIT}/train_all.json"),  # everything is trained, all but the summary is written
-    "04_eval": (1, "import sys; sys.exit(0)", f"{UNIT}/eval_all.json"),
-    "06_report": (1, "import os; os._exit(1)", REPORT),
+    "02_data_gen": (1, "raise SystemExit(0)"),
+    "03_train": (-2, "import os; os._exit(1)"),  # everything is trained, all but the summary is written
+    "04_eval": (1, "import sys; sys.exit(0)"),
+    "06_report": (1, "import os; os._exit(1)"),
 }
 
 
 def trapped(folder, scenario, _):
-    "A finished run of which one step is taken back, and then ends early, for each step in turn."
+    "A finished run of which one step and all after it are taken back, and then that step ends early; for each step."
     ends = {}
-    for name, (place, source, output) in TRAPS.items():
-        copy = copy_repository(folder / name, spoil={name: (place, source)})
+    for i, (name, trap) in enumerate(TRAPS.items()):
+        copy = copy_repository(folder / name, spoil={name: trap})
         shutil.copytree(scenario(whole)[0] / "data" / "runs", copy / "data" / "runs")
-        for path in {output, REPORT}:  # Snakemake makes nothing anew that only something finished was made from
+        for path in MANIFESTS[i:]:
             (copy / path).unlink()
         code, text = Run(copy).end()
-        ends[name] = code, text, (copy / output).exists(), re.findall(r"^Job \d+: (\w+)", text, flags=re.M)
+        ends[name] = code, text, (copy / MANIFESTS[i]).exists(), re.findall(r"^Job \d+: (\w+)", text, flags=re.M)
     return ends
 
 
@@ -430,7 +438,7 @@ def test_a_step_that_ends_early_fails_and_leaves_no_manifest(scenario, name):
     assert jobs == [{"02_data_gen": "data", "03_train": "train", "04_eval": "evaluate", "06_report": "report"}[name]], text
     assert code != 0, text
     assert not exists
-    assert ("DeadKernelError" if "_exit" in TRAPS[name][1] else "MissingOutputException") in text
+    assert ("DeadKernelError" if "_exit" in TRAPS[name][1] else "MissingOutputException") in text, text
 
 
 # --- real rows ---------------------------------------------------------------------------------------------------------------
