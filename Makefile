@@ -64,7 +64,7 @@ notebooks: $(STAMP) ## run every notebook again in place, in the order of their 
 	"$(BIN)/nbdev-clean"
 
 readme: $(STAMP) ## write the results of figures/mini into README.md
-	@"$(BIN)/python" -c 'import pandas; from catto.report import update_readme; update_readme("README.md", pandas.read_csv("figures/mini/table01.csv"))'
+	@"$(BIN)/python" -c 'from catto.report import update_readme; update_readme("README.md", "figures/mini")'
 
 lab: $(STAMP) ## open JupyterLab in nbs/
 	cd nbs && "$(BIN)/jupyter-lab"

@@ -3,6 +3,7 @@
 # checkpoints, predictions) lies outside `output:`, because Snakemake deletes declared outputs before a job and after
 # a failure; the methods' own manifests lie there too, so that a group that was stopped goes on where it was.
 import dataclasses
+import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -22,12 +23,12 @@ groups = {"all": settings.methods} if settings.group_methods else {m: (m,) for m
 
 runs = str(Path(root) / "data" / "runs" / settings.profile)
 unit = runs + "/{task}/seed{seed}"
-report_manifest = f"{runs}/report_seeds-{'-'.join(map(str, settings.seeds))}.json"
+report_manifest = f"{runs}/report.json"
 package = [f"catto/{name}.py" for name in ("settings", "surrogate", "loss", "data", "eval", "train")]
 
 
 # Notebooks run in nbs/, so what they are told must not depend on the folder.
-where = f"-p root {Path(root).resolve()} -p settings_file {Path(ini).resolve()}"
+where = f"-p root {shlex.quote(str(Path(root).resolve()))} -p settings_file {shlex.quote(str(Path(ini).resolve()))}"
 
 
 def first(wildcards):

@@ -295,7 +295,7 @@ def _mini_questions(task, split, seed, n):
 # %% ../nbs/02_data_gen.ipynb #23a2fcf4-15
 def _adapt_commonsense_qa(row, rng):
     "A hub row -> (question without split, ''), or (None, why it is dropped)."
-    if not isinstance(row["choices"], dict):
+    if not isinstance(row["choices"], dict) or not {"label", "text"} <= set(row["choices"]):
         raise ValueError(f"commonsense_qa row {row['id']!r}: choices must be a dict of two lists, 'label' and 'text'")
     letters, texts = list(row["choices"]["label"]), [" ".join((t or "").split()) for t in row["choices"]["text"]]
     if not row["answerKey"]:

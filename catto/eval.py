@@ -8,6 +8,7 @@ __all__ = ['expected_calibration_error', 'ReliabilityCurve', 'reliability_curve'
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4
 import itertools
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -459,6 +460,7 @@ def _predict_batch(model, tokenizer, batch, max_new_tokens):
             "in_option_mass": min(float(p[sorted(set(label_ids))].sum()), 1.0),
             "correct": predicted == q["label"], "fallback": fallback, "parsed": not fallback,
             "p_correct": q["posterior"][q["options"].index(predicted)] if q.get("posterior") else float("nan"),
+            "bayes": max(q["posterior"]) if q.get("posterior") else float("nan"),  # no answer can be right more often
             "finished": end, "tokens": len(g), "text": tokenizer.decode(g, clean_up_tokenization_spaces=False),
         }
 
@@ -498,7 +500,7 @@ def evaluate_method(
     trained = folder / "train.json"
     if not trained.exists():
         raise FileNotFoundError(f"{method} of {task}, seed {seed}, is not trained yet: {trained.name} is missing; run 03_train first")
-    key = {"step": "eval", "task": task, "seed": seed, "method": method, "trained": file_hash(trained),
+    key = {"step": "eval", "task": task, "seed": seed, "method": method, "trained": json.loads(trained.read_text())["outputs"],
            "questions": file_hash(questions_file), "max_new_tokens": settings.max_new_tokens,
            "batch": settings.generation_batch_size, "code": code_hash("data", "eval", "settings")}
 
@@ -508,7 +510,7 @@ def evaluate_method(
         rows = predict(model, tokenizer, questions, settings.generation_batch_size, settings.max_new_tokens).to_pandas()
         produced = {"profile": settings.profile, "trained_on": task, "method": method, "seed": seed, "split": "test"}
         rows.assign(**produced).to_parquet(folder / "predictions_test.parquet", index=False)
-        return {"n": len(rows), "fallbacks": int(rows["fallback"].sum())}, [folder / "predictions_test.parquet"]
+        return {"n": len(rows), "fallbacks": int(rows["fallback"].sum()), "cut_by_max_new_tokens": int((~rows["finished"]).sum())}, [folder / "predictions_test.parquet"]
 
     return run_step(folder / "eval.json", key, work)
 

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -95,6 +96,8 @@ class Settings:
 def _parse(name, text, kind):
     "`text` as `kind`: int, float, bool, str, or a tuple of str or int written with spaces."
     if kind in (tuple[str, ...], tuple[int, ...]):
+        if not isinstance(text, (str, tuple, list)):
+            raise ValueError(f"setting {name!r} = {text!r}: a list, or text with spaces between the values, is accepted")
         items = text.replace(",", " ").split() if isinstance(text, str) else list(text)
         if not items:
             raise ValueError(f"setting {name!r} is empty; it takes one value or more")
@@ -119,6 +122,8 @@ def _check(name, value, meta):
             near = difflib.get_close_matches(str(item), meta["choices"], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"setting {name!r} = {item!r}: accepted are {', '.join(meta['choices'])}{hint}")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"setting {name!r} = {item!r}: a finite number is accepted")
         if meta["low"] is not None and not item >= meta["low"]:
             raise ValueError(f"setting {name!r} = {item!r}: at least {meta['low']} is accepted")
         if meta["high"] is not None and not item <= meta["high"]:
@@ -149,7 +154,7 @@ def load(
     ini = configparser.ConfigParser(interpolation=None)
     if not ini.read(path):
         raise FileNotFoundError(f"settings file {str(path)!r} cannot be read")
-    if profile not in ini:
+    if not ini.has_section(profile):  # [DEFAULT] is no profile
         raise ValueError(f"unknown profile {profile!r}: {path.name} has {', '.join(ini.sections())}")
     raw = {**ini[profile], **overrides, "profile": profile}
     fields = {f.name: f for f in dataclasses.fields(Settings)}
@@ -173,6 +178,10 @@ def _check_together(values):
         raise ValueError("setting 'temperature_low' must not exceed 'temperature_high'")
     if values["preference_samples"] < values["min_correct"] + values["min_incorrect"]:
         raise ValueError("setting 'preference_samples' must be at least min_correct + min_incorrect")
+    if values["warmup_share"] == 1:
+        raise ValueError("setting 'warmup_share' = 1.0: less than 1 is accepted, the rest is for training")
+    if values["methods"][0] != "sft" and (values["group_methods"] or "sft" in values["methods"]):
+        raise ValueError(f"setting 'methods' = {' '.join(values['methods'])!r}: sft must come first, the others start from it")
     if values["teacher"] == "sampler" and values["source"] != "mini":
         raise ValueError("setting 'teacher' = 'sampler' knows the mini world only; use teacher = rehearsal")
 
@@ -220,7 +229,7 @@ def write_atomic(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

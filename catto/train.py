@@ -29,7 +29,7 @@ from catto.data import (
 )
 from .eval import load_model, predict
 from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence_calibration_loss
-from .settings import code_hash, file_hash, fingerprint, load, run_folder, run_step, write_atomic, write_summary
+from .settings import code_hash, fingerprint, load, run_folder, run_step, write_atomic, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-2
@@ -330,6 +330,8 @@ def _sft_trainer(settings, rows, seed, folder, base):
 def _preference_trainer(settings, rows, seed, folder, base, recipe):
     model, tokenizer = base
     if recipe.pairs is not None:
+        if recipe.pairs > len(rows):
+            print(f"{recipe.pairs} pairs asked for, {len(rows)} there are")
         rows = rows.shuffle(seed=seed).select(range(min(recipe.pairs, len(rows))))
     args = CATTOConfig(**_arguments(settings, seed, folder, "preference", recipe.epochs), beta=settings.beta,
                        precompute_ref_log_probs=True, **recipe.options)  # the reference never changes: one pass, not one per epoch
@@ -455,10 +457,11 @@ def _key(settings, task, seed, method, root):
     data = run_folder(root, settings, task, seed, "data") / "manifest.json"
     outputs = json.loads(data.read_text())["outputs"]
     names = ("model", "dtype", "context_tokens", "vocab_size", "hidden_size", "hidden_layers", "attention_heads", "key_value_heads",
-             "mlp_size", "beta", "warmup_share", "weight_decay", "max_new_tokens", "generation_batch_size", "source")
+             "mlp_size", "warmup_share", "weight_decay", "max_new_tokens", "generation_batch_size", "source")
     names += tuple(f.name for f in dataclasses.fields(settings) if f.name.startswith("sft_" if method == "sft" else "preference_"))
+    names += () if method == "sft" else ("beta",)
     recipe = None if method == "sft" else dataclasses.asdict(PREFERENCE_METHODS[method](settings))
-    base = None if method == "sft" else file_hash(run_folder(root, settings, task, seed, "sft") / "train.json")
+    base = None if method == "sft" else json.loads((run_folder(root, settings, task, seed, "sft") / "train.json").read_text())["outputs"]
     return {"step": "train", "task": task, "seed": seed, "method": method, "recipe": recipe, "base": base,
             "epochs": settings.sft_epochs if method == "sft" else None,
             "settings": {n: getattr(settings, n) for n in names}, "data": {n: outputs[f"{n}.parquet"] for n in
