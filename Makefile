@@ -4,6 +4,7 @@ PYTHON  ?= python3#     the interpreter .venv is made from
 PROFILE ?= mini#        smoke, mini or paper: a section of settings.ini
 SEEDS   ?=#             for example "0 1"; empty: the profile's own seeds
 JOBS    ?= 2#           steps that may run at the same time
+GPUS    ?= 1#           of these, steps that may take a GPU
 CONFIG  ?=#             further words for snakemake --config, each name=value
 
 SHELL    := /bin/bash
@@ -26,7 +27,7 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME MPLBACKEND
 OFFLINE   := HF_HUB_OFFLINE=1
 ONE_CORE  := $(OFFLINE) OMP_NUM_THREADS=1
 SNAKEMAKE  = env PATH="$(BIN):$$PATH" $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) \
-             "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --nolock --rerun-incomplete
+             "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --resources gpu=$(GPUS) --nolock --rerun-incomplete
 WORDS      = --config profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(CONFIG)
 
 .PHONY: help venv export test smoke reproduce plan readme lab notebooks clean

@@ -10,6 +10,8 @@ from snakemake.exceptions import WorkflowError
 
 from catto.settings import fingerprint, load
 
+if unknown := set(config) - {"profile", "settings", "root", "seeds"}:
+    raise WorkflowError(f"unknown words for --config: {', '.join(sorted(unknown))}; accepted are profile, settings, root, seeds")
 ini = config.get("settings", "settings.ini")
 root = config.get("root", ".")  # data/runs and figures are written below it
 words = {"seeds": str(config["seeds"])} if "seeds" in config else {}
@@ -28,7 +30,8 @@ package = [f"catto/{name}.py" for name in ("settings", "surrogate", "loss", "dat
 
 
 # Notebooks run in nbs/, so what they are told must not depend on the folder.
-where = f"-p root {shlex.quote(str(Path(root).resolve()))} -p settings_file {shlex.quote(str(Path(ini).resolve()))}"
+seeds = " ".join(map(str, settings.seeds))
+where = f"-r seeds '{seeds}' -p root {shlex.quote(str(Path(root).resolve()))} -p settings_file {shlex.quote(str(Path(ini).resolve()))}"
 
 
 def first(wildcards):
@@ -40,6 +43,9 @@ def first(wildcards):
 # The resolved settings as a parameter: steps run again when one changes, not when the file's date does.
 values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("tasks", "seeds", "methods")}
 
+# `make` allows GPUS of these at a time, so that two jobs never share a GPU; the mini model takes none.
+gpus = 0 if settings.model == "mini" else 1
+
 
 rule report:
     input:
@@ -50,13 +56,13 @@ rule report:
         report_manifest,
     params:
         settings=fingerprint(values),
-        seeds=" ".join(map(str, settings.seeds)),
+        seeds=seeds,
     message:
         f"report: tables and figures of profile {settings.profile}"
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/06_report.ipynb"
-        " -p profile {settings.profile} -r seeds '{params.seeds}' {where}"
+        " -p profile {settings.profile} {where}"
 
 
 rule data:
@@ -87,7 +93,7 @@ rule train:
         settings=fingerprint(values),
         methods=lambda wildcards: " ".join(groups[wildcards.group]),
     resources:
-        gpu=1,
+        gpu=gpus,
     message:
         "train: {params.methods} on {wildcards.task}, seed {wildcards.seed}"
     shell:
@@ -107,7 +113,7 @@ rule evaluate:
         settings=fingerprint(values),
         methods=lambda wildcards: " ".join(groups[wildcards.group]),
     resources:
-        gpu=1,
+        gpu=gpus,
     message:
         "evaluate: {params.methods} on {wildcards.task}, seed {wildcards.seed}"
     shell:

@@ -427,7 +427,7 @@ def _next_token_probs(model, tokenizer, rows):
     ids, mask = _left_pad(rows, tokenizer.pad_token_id, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate() counts them: padding is no position
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
-    return logits.double().softmax(-1).cpu()
+    return logits.float().cpu().double().softmax(-1)  # some devices have no float64
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-21
 def _answer_position(question, generated, tokenizer):

@@ -160,7 +160,8 @@ def overview(
     return pd.DataFrame([
         {"task": task, "a": a, "b": b, "metric": metric, **dict(zip(("difference", "low", "high"),
                                                                     paired_difference(predictions, task, a, b, metric, bins)))}
-        for task in dict.fromkeys(table["task"]) for a, b in CONTRASTS if {a, b} <= methods for metric in ("ece", "accuracy")])
+        for task in dict.fromkeys(table["task"]) for a, b in CONTRASTS if {a, b} <= methods for metric in ("ece", "accuracy")
+    ], columns=["task", "a", "b", "metric", "difference", "low", "high"])
 
 
 def overview_markdown(
@@ -189,18 +190,21 @@ def findings(
     table,  # of table1
     contrasts,  # of overview
 ):  # text
-    "Two sentences on the two contrasts, from the numbers."
+    "A sentence on each of the two contrasts, from the numbers; '' when the run lacks their methods."
     ece = contrasts[contrasts["metric"] == "ece"]
     def of(a, b):
         return ece[(ece["a"] == a) & (ece["b"] == b)]
-    dpo, catto = of("dpo", "sft"), of("dpo_catto", "dpo_matched")
-    worse, tasks = int((dpo["low"] > 0).sum()), len(dpo)
-    lower, higher = int((catto["high"] < 0).sum()), int((catto["low"] > 0).sum())
-    largest = catto.loc[catto["difference"].abs().idxmax()]
-    return (f"DPO raises the ECE over SFT on {int((dpo['difference'] > 0).sum())} of {tasks} tasks ({worse} with an interval above 0). "
-            f"At an equal budget the printed CATTO loss changes the ECE by at most {abs(largest['difference']):.1f} points ({largest['task']}); "
-            f"it is lower on {lower} and higher on {higher} of {len(catto)} tasks with an interval that excludes 0. "
-            "Where `dpo_catto` is better calibrated than `dpo`, `dpo_matched` shows how much of that is the smaller budget.")
+    dpo, catto, sentences = of("dpo", "sft"), of("dpo_catto", "dpo_matched"), []
+    if len(dpo):
+        sentences.append(f"DPO has a higher ECE than SFT on {int((dpo['difference'] > 0).sum())} of {len(dpo)} tasks "
+                         f"({int((dpo['low'] > 0).sum())} with an interval above 0).")
+    if len(catto):
+        largest = catto.loc[catto["difference"].abs().idxmax()]
+        sentences.append(f"At an equal budget the printed CATTO loss changes the ECE by at most {abs(largest['difference']):.1f} points "
+                         f"({largest['task']}); with an interval that excludes 0 it is lower on {int((catto['high'] < 0).sum())} and higher on "
+                         f"{int((catto['low'] > 0).sum())} of {len(catto)} tasks. So where `dpo_catto` is better calibrated than `dpo`, compare "
+                         "`dpo_matched`: it shows how much of that is the smaller budget.")
+    return " ".join(sentences)
 
 
 def update_readme(

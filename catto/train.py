@@ -447,7 +447,8 @@ def _keep(folder, checkpoint, trainer, predictions):
     state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole")
     shutil.copytree(checkpoint, folder / "model", ignore=shutil.ignore_patterns(*(f"{name}*" for name in state)))
     log = [row for row in trainer.state.log_history if "train_runtime" not in row]  # the last row is seconds of this process
-    pd.DataFrame(log).set_index("step").sort_index(axis=1).to_csv(folder / "training_log.csv")  # a checkpoint sorts the names
+    table = pd.DataFrame(log) if log else pd.DataFrame(columns=["step"])  # fewer steps than the log's interval leave none
+    table.set_index("step").sort_index(axis=1).to_csv(folder / "training_log.csv")  # a checkpoint sorts the names
     predictions.to_parquet(folder / "predictions_validation.parquet", index=False)
     return [folder / "training_log.csv", folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
 

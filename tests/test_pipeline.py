@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = "02_data_gen", "03_train", "04_eval", "06_report"
 METHODS = "sft", "dpo", "dpo_matched", "dpo_catto"
 UNIT = "data/runs/tiny/commonsense_qa/seed0"
-REPORT = "data/runs/tiny/report_seeds-0.json"
+REPORT = "data/runs/tiny/report.json"
 MANIFESTS = [f"{UNIT}/data/manifest.json", f"{UNIT}/train_all.json", f"{UNIT}/eval_all.json", REPORT]  # what the steps end with, in order
 NOTHING = "Nothing to be done"
 MARK = "CATTO_TEST_PIPELINE"  # an environment variable by which the processes of a run are found again
@@ -147,7 +147,8 @@ def results(root):
 
 def written(root):
     "Every file of the runs below `root` with the time of its last change."
-    return {path: path.stat().st_mtime_ns for folder in ("data/runs", "figures") for path in (root / folder).rglob("*") if path.is_file()}
+    files = [path for folder in ("data/runs", "figures") for path in (root / folder).rglob("*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def predictions(root, method, split="test"):
@@ -193,8 +194,7 @@ def scenario(request, tmp_path_factory):
 def whole(folder, *_):
     "The notebooks as they are, all files below another root; then the same command again."
     copy, root = copy_repository(folder / "copy", examples=True), folder / "root"
-    (root / "data").mkdir(parents=True)
-    (root / "data" / "paper").symlink_to(REPO / "data" / "paper")  # the report looks for the paper's tables below root
+    root.mkdir()
     make(copy, config=f"root={root}")
     before = written(root)
     return root, before, make(copy, config=f"root={root}"), written(root)
@@ -211,7 +211,8 @@ def test_everything_is_there(scenario):
         "train.json", "eval.json", "training_log.csv", "predictions_validation.parquet", "predictions_test.parquet",
         "model/model.safetensors")}
     expected |= {REPORT, "data/runs/tiny/06_report.ipynb"}
-    expected |= {f"figures/tiny/{name}" for name in ("table01.csv", "table01.md", "scores.csv", "figure1_commonsense_qa.svg")}
+    expected |= {f"figures/tiny/{name}" for name in (
+        "table01.csv", "table01.md", "scores.csv", "contrasts.csv", "overview.svg", "figure1_commonsense_qa.svg")}
     there = {path.relative_to(root).as_posix() for path in files if path.stat().st_size}
     assert expected <= there, f"missing: {sorted(expected - there)}"
     assert not [name for name in there if "partial" in name or "/checkpoints/" in name]
@@ -255,9 +256,9 @@ def test_manifests_say_what_made_them(scenario):
         rows = "sft" if method == "sft" else "preferences"
         assert train["settings"]["hidden_size"] == settings.hidden_size
         assert train["data"] == {name: outputs["data/manifest.json"][f"{name}.parquet"] for name in (rows, "validation")}
-        assert train["base"] == (None if method == "sft" else file_hash(root / UNIT / "sft" / "train.json"))
+        assert train["base"] == (None if method == "sft" else outputs["sft/train.json"])
         assert evaluation["questions"] == outputs["data/manifest.json"]["test.parquet"]
-        assert evaluation["trained"] == file_hash(root / UNIT / method / "train.json")
+        assert evaluation["trained"] == outputs[f"{method}/train.json"]
         hashes = made["report"]["made_from"]["inputs"]
         assert hashes[f"commonsense_qa/0/{method}"] == outputs[f"{method}/eval.json"]["predictions_test.parquet"]
 
@@ -271,14 +272,18 @@ def check_predictions(root, source="mini", n=TINY["test_questions"]):
         assert rows["id"].tolist() == questions["id"] and rows["label"].tolist() == questions["label"]
         assert set(rows.columns) == {
             "id", "task", "candidate", "label", "predicted", "confidence", "in_option_mass", "correct", "fallback", "parsed",
-            "p_correct", "finished", "tokens", "text", "profile", "trained_on", "method", "seed", "split"}
-        assert not rows.drop(columns="p_correct").isna().any(axis=None)
-        assert rows["p_correct"].isna().all() if source != "mini" else rows["p_correct"].between(0, 1).all()
+            "p_correct", "bayes", "finished", "tokens", "text", "profile", "trained_on", "method", "seed", "split"}
+        assert not rows.drop(columns=["p_correct", "bayes"]).isna().any(axis=None)
+        if source == "mini":
+            assert rows["p_correct"].between(0, 1).all() and rows["bayes"].tolist() == [max(p) for p in questions["posterior"]]
+        else:
+            assert rows["p_correct"].isna().all() and rows["bayes"].isna().all()
         assert all(p in options for p, options in zip(rows["predicted"], questions["options"]))
         assert (rows["correct"] == (rows["predicted"] == rows["label"])).all() and (rows["parsed"] != rows["fallback"]).all()
         assert rows["confidence"].between(0, 1).all() and (rows["confidence"] > 0).all()
         assert (rows["in_option_mass"] <= 1 + 1e-5).all() and (rows["in_option_mass"] > 0).all()
-        constant = dict(task="commonsense_qa", trained_on="commonsense_qa", profile="tiny", method=method, seed=0, split="test", candidate=0)
+        task = "commonsense_qa"
+        constant = dict(task=task, trained_on=task, profile="tiny", method=method, seed=0, split="test", candidate=0)
         assert all((rows[name] == value).all() for name, value in constant.items())
 
 
@@ -486,7 +491,7 @@ def test_real_rows_reach_the_table(scenario, real_samples):
     check_predictions(copy, source="rows", n=30)
     check_table(copy, n=30)
     text = (copy / "figures" / "tiny" / "table01.md").read_text()
-    assert "mini world" not in text and "the paper's data sets" in text
+    assert "mini world" not in text and "a rehearsal on real questions with invented teacher answers" in text
     assert (copy / "figures" / "tiny" / "figure1_commonsense_qa.svg").read_text().count("ECE ") >= len(METHODS)
     for method in METHODS:
         assert manifest(copy, f"{method}/train.json")["steps"] > 0

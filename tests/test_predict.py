@@ -442,7 +442,7 @@ def trained(settings, tokenizer, tmp_path):
     folder = run_folder(tmp_path, settings, "commonsense_qa", 3, "dpo_catto")
     build_model(settings, tokenizer, 0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "train.json").write_text("{}")
+    (folder / "train.json").write_text('{"outputs": {"model": "one"}}')
     rows = questions(5)
     (folder.parent / "data").mkdir()
     rows.to_parquet(folder.parent / "data" / "test.parquet")
@@ -462,7 +462,7 @@ def test_a_method_is_evaluated_once_and_saved_with_what_produced_it(trained, tok
     direct = predict(*load_model(folder / "model"), rows, 2, 4).to_pandas()
     pd.testing.assert_frame_equal(saved[direct.columns], direct)
     assert evaluate_method(settings, "commonsense_qa", 3, "dpo_catto", root) == manifest and path.stat().st_mtime_ns == time
-    (folder / "train.json").write_text('{"another": "model"}')
+    (folder / "train.json").write_text('{"outputs": {"model": "another"}}')
     assert evaluate_method(settings, "commonsense_qa", 3, "dpo_catto", root)["key"] != manifest["key"]
     assert path.stat().st_mtime_ns > time
 
