@@ -432,7 +432,7 @@ def train_method(
         "rows": len(trainer.train_dataset), "rows_left_out": left_out, "steps": trainer.state.global_step,
         "best_step": step, "validation_accuracy": scores, "parameters": trainer.model.num_parameters()}
 
-
+# %% ../nbs/03_train.ipynb #23a2fcf4-16
 def _train(trainer, done):
     "Train to the end, from the newest of the checkpoints if there is one."
     if done:  # TRL counts tokens in the trainer; no checkpoint has the count, but the log has
@@ -452,7 +452,7 @@ def _keep(folder, checkpoint, trainer, predictions):
     predictions.to_parquet(folder / "predictions_validation.parquet", index=False)
     return [folder / "training_log.csv", folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
 
-# %% ../nbs/03_train.ipynb #23a2fcf4-16
+# %% ../nbs/03_train.ipynb #23a2fcf4-17
 def _key(settings, task, seed, method, root):
     "What the result of one method depends on."
     data = run_folder(root, settings, task, seed, "data") / "manifest.json"
@@ -469,7 +469,7 @@ def _key(settings, task, seed, method, root):
                 ("sft" if method == "sft" else "preferences", "validation")},
             "code": code_hash("surrogate", "loss", "data", "eval", "train")}
 
-
+# %% ../nbs/03_train.ipynb #23a2fcf4-18
 def train_methods(
     settings,  # Settings
     task,  # training task
