@@ -3,6 +3,7 @@
 PYTHON  ?= python3#     the interpreter .venv is made from
 PROFILE ?= mini#        smoke, mini or paper: a section of settings.ini
 SEEDS   ?=#             for example "0 1"; empty: the profile's own seeds
+SWEEPS  ?=#             true: the weight sweep and the transfer between all tasks too
 JOBS    ?= 2#           steps that may run at the same time
 GPUS    ?= 1#           of these, steps that may take a GPU
 CONFIG  ?=#             further words for snakemake --config, each name=value
@@ -28,9 +29,11 @@ OFFLINE   := HF_HUB_OFFLINE=1
 ONE_CORE  := $(OFFLINE) OMP_NUM_THREADS=1
 SNAKEMAKE  = env PATH="$(BIN):$$PATH" $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) \
              "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --resources gpu=$(GPUS) --nolock --rerun-incomplete
-WORDS      = --config profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(CONFIG)
+WORDS      = profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(if $(strip $(SWEEPS)),sweeps=$(strip $(SWEEPS))) $(CONFIG)
+# check: name and take back what was damaged; show: how far the run is
+STATUS     = "$(BIN)/python" -c 'import sys; from catto.status import main; sys.exit(main(*sys.argv[1:]))'
 
-.PHONY: help venv export test smoke reproduce plan teacher-plan bench bench-gpu readme lab notebooks clean
+.PHONY: help venv export test smoke reproduce study status plan teacher-plan bench bench-gpu readme lab notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,13 +42,20 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv with the packages of constraints.txt
 
 reproduce: $(STAMP) ## run the pipeline of PROFILE, tables and figures into figures/ [PROFILE=mini SEEDS="0 1" JOBS=2]
-	$(SNAKEMAKE) --quiet host reason $(WORDS)
+	@$(STATUS) check $(WORDS)
+	$(SNAKEMAKE) --quiet host reason --config $(WORDS)
+
+study: ## the same with seeds 0 to 4 and all sweeps, as the committed results have it
+	@$(MAKE) --no-print-directory reproduce SEEDS="0 1 2 3 4" SWEEPS=true
+
+status: $(STAMP) ## say what is done, running and left, at any moment and from any terminal [the words of reproduce or study]
+	@$(STATUS) show $(WORDS)
 
 smoke: ## the same in its smallest form (PROFILE=smoke)
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
 plan: $(STAMP) ## say what reproduce would run, and run nothing
-	@set -o pipefail; $(SNAKEMAKE) --dry-run --quiet host reason rules $(WORDS) | awk '/^Job stats/ { tables++ } tables < 2'
+	@set -o pipefail; $(SNAKEMAKE) --dry-run --quiet host reason rules --config $(WORDS) | awk '/^Job stats/ { tables++ } tables < 2'
 	@echo "GPU hours and disk: not measured yet. Cost of a paid teacher: make teacher-plan PROFILE=$(PROFILE)"
 
 teacher-plan: $(STAMP) ## count the requests to the teacher that are left, with their price, and send nothing

@@ -1,97 +1,171 @@
-# The grid of one profile: a data, a training and an evaluation step for each (task, seed), then the report.
-# Run it by `make reproduce`. A step's output is its manifest, which its notebook writes last. Everything else (models,
-# checkpoints, predictions) lies outside `output:`, because Snakemake deletes declared outputs before a job and after
-# a failure; the methods' own manifests lie there too, so that a group that was stopped goes on where it was.
+# The grid of one profile. Run it by `make reproduce`.
+#   data -> train -> evaluate, confidence -> report
+#               \-> sweep -------------------> experiments
+# A step's output is its manifest, which its notebook writes last. Everything else (models, checkpoints, predictions)
+# lies outside `output:`, because Snakemake deletes declared outputs before a job and after a failure; the manifests of
+# the single methods lie there too, so that a group that was stopped goes on where it was.
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from catto.settings import fingerprint, load
+from catto.methods import METHODS
+from catto.settings import fingerprint
+from catto.status import configured, disk_note, watch
 
-if unknown := set(config) - {"profile", "settings", "root", "seeds"}:
-    raise WorkflowError(f"unknown words for --config: {', '.join(sorted(unknown))}; accepted are profile, settings, root, seeds")
-ini = config.get("settings", "settings.ini")
-root = config.get("root", ".")  # data/runs and figures are written below it
-words = {"seeds": str(config["seeds"])} if "seeds" in config else {}
 try:
-    settings = load(config.get("profile", "mini"), file=ini, **words)
+    settings, ini, root = configured({name: str(value) for name, value in config.items()})
 except (ValueError, FileNotFoundError) as error:
     raise WorkflowError(str(error)) from None
 
-# With group_methods one kernel trains all methods of a (task, seed); without, each method is a job of its own.
+
+# --- how the grid is cut into jobs ---
+# A kernel takes some 10 s to start, as much as a mini method takes to train. So group_methods lets one job train all
+# methods of a (task, seed), and group_tasks lets one make the data of all tasks of a seed, or evaluate them. A cluster
+# wants neither. Training is always a job for each (task, seed).
+trained = [*settings.tasks, settings.ood_task] if settings.ood_task else [*settings.tasks]
 groups = {"all": settings.methods} if settings.group_methods else {m: (m,) for m in settings.methods}
+parts = {"all": trained} if settings.group_tasks else {task: (task,) for task in trained}
+part_of = {task: part for part, tasks in parts.items() for task in tasks}
 
-runs = str(Path(root) / "data" / "runs" / settings.profile)
+runs = f"{root}/data/runs/{settings.profile}"
 unit = runs + "/{task}/seed{seed}"
-report_manifest = f"{runs}/report.json"
-package = [f"catto/{name}.py" for name in ("settings", "surrogate", "loss", "triton_head", "fused", "teacher", "data", "eval", "train")]
+batch = runs + "/{part}/seed{seed}"
+data, train, sweep = batch + "/data.json", unit + "/train_{group}.json", unit + "/sweep.json"
+evaluation, pool = batch + "/eval_{group}.json", batch + "/pool_{group}.json"
 
+wildcard_constraints:
+    task="|".join(trained),
+    part="|".join(parts),
+    seed=r"\d+",
+    group="|".join(groups),
+
+
+def data_of(w):
+    return data.format(part=part_of[w.task], seed=w.seed)
+
+
+def base_of(w):
+    "A method that trains alone waits for the one it starts from."
+    base = METHODS[w.group].base if w.group in METHODS else None
+    return [train.format(task=w.task, seed=w.seed, group=base)] if base in groups else []
+
+
+def trained_for(w):
+    "The learning rate is chosen by the mean over seeds, so all seeds are trained before one is evaluated, on any task's questions."
+    models = [train.format(task=task, seed=seed, group=w.group) for task in parts[w.part] for seed in settings.seeds]
+    return models + [data.format(part=part, seed=w.seed) for part in parts]
+
+
+def grid(pattern, **words):
+    return expand(pattern, seed=settings.seeds, group=groups, **words)
+
+
+# --- what makes a step run again: an edit to its notebook or to its part of the package, and other settings ---
+def package(*names):
+    "Files of catto.<name>, and of all that these import from the package: an edit to a table trains nothing anew."
+    todo, files = [*names], {}
+    while todo:
+        if (name := todo.pop()) not in files:
+            files[name] = f"catto/{name}.py"
+            imports = re.findall(r"^\s*from (?:catto)?\.(\w+) import|^from \. import (\w+)", Path(files[name]).read_text(), flags=re.M)
+            todo += [one or other for one, other in imports]
+    return sorted(files.values())
+
+
+cut = ("tasks", "seeds", "methods", "group_methods", "group_tasks")  # they change which steps there are, not what a step does
+values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in cut}
+with_sweeps = fingerprint(values)
+without_sweeps = fingerprint({name: value for name, value in values.items() if not name.startswith("sweep")})  # they come on top of the grid
 
 # Notebooks run in nbs/, so what they are told must not depend on the folder.
 seeds = " ".join(map(str, settings.seeds))
-where = f"-r seeds '{seeds}' -p root {shlex.quote(str(Path(root).resolve()))} -p settings_file {shlex.quote(str(Path(ini).resolve()))}"
-
-
-def first(wildcards):
-    "What a group has to wait for: preference methods that train alone need the SFT model."
-    after_sft = "sft" in groups and wildcards.group != "sft"
-    return [unit.format(**wildcards) + "/train_sft.json"] if after_sft else []
-
-
-# The resolved settings as a parameter: steps run again when one changes, not when the file's date does.
-values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("tasks", "seeds", "methods")}
+where = f"-p profile {settings.profile} -r seeds '{seeds}' -p root {shlex.quote(root)} -p settings_file {shlex.quote(ini)}"
 
 # `make` allows GPUS of these at a time, so that two jobs never share a GPU; the mini model takes none.
 gpus = 0 if settings.model == "mini" else 1
 
 
+# --- while it runs ---
+onstart:
+    watch(settings, root)  # a line for each method that starts or ends; a job may train many
+
+onerror:
+    print(disk_note(root), end="")
+
+
+rule all:
+    input:
+        f"{runs}/report.json",
+        f"{runs}/experiments.json",
+
+
 rule report:
     input:
-        [f"{runs}/{t}/seed{s}/eval_{g}.json" for t in settings.tasks for s in settings.seeds for g in groups],
+        grid(evaluation, part=parts),
+        grid(pool, part=parts),
         notebook="nbs/06_report.ipynb",
-        package=[*package, "catto/report.py"],
+        package=package("report"),
     output:
-        report_manifest,
+        f"{runs}/report.json",
     params:
-        settings=fingerprint(values),
+        settings=without_sweeps,
         seeds=seeds,
     message:
         f"report: tables and figures of profile {settings.profile}"
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
-        " {runs}/06_report.ipynb"
-        " -p profile {settings.profile} {where}"
+        " {runs}/06_report.ipynb {where}"
+
+
+rule experiments:
+    input:
+        grid(evaluation, part=parts),
+        expand(sweep, task=settings.tasks, seed=settings.seeds),
+        notebook="nbs/07_experiments.ipynb",
+        package=package("experiments"),
+    output:
+        f"{runs}/experiments.json",
+    params:
+        settings=with_sweeps,
+        seeds=seeds,
+    message:
+        f"experiments: tables and figures of profile {settings.profile}"
+    shell:
+        "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
+        " {runs}/07_experiments.ipynb -r sweeps {settings.sweeps} {where}"
 
 
 rule data:
     input:
         notebook="nbs/02_data_gen.ipynb",
-        package=["catto/settings.py", "catto/data.py"],
+        package=package("data"),
     output:
-        unit + "/data/manifest.json",
+        data,
     params:
-        settings=fingerprint(values),
+        settings=without_sweeps,
+        tasks=lambda w: " ".join(parts[w.part]),
     message:
-        "data: {wildcards.task}, seed {wildcards.seed}"
+        "data: {params.tasks}, seed {wildcards.seed}"
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
-        " {runs}/{wildcards.task}/seed{wildcards.seed}/02_data_gen.ipynb"
-        " -p profile {settings.profile} -p task {wildcards.task} -p seed {wildcards.seed} {where}"
+        " {runs}/{wildcards.part}/seed{wildcards.seed}/02_data_gen.ipynb"
+        " -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part} {where}"
 
 
 rule train:
     input:
-        unit + "/data/manifest.json",
-        first,
+        data_of,
+        base_of,
         notebook="nbs/03_train.ipynb",
-        package=package,
+        package=package("train"),
     output:
-        unit + "/train_{group}.json",
+        train,
     params:
-        settings=fingerprint(values),
-        methods=lambda wildcards: " ".join(groups[wildcards.group]),
+        settings=without_sweeps,
+        methods=lambda w: " ".join(groups[w.group]),
     resources:
         gpu=gpus,
     message:
@@ -99,24 +173,66 @@ rule train:
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.task}/seed{wildcards.seed}/03_train_{wildcards.group}.ipynb"
-        " -p profile {settings.profile} -p task {wildcards.task} -p seed {wildcards.seed} -r methods '{params.methods}' -p group {wildcards.group} {where}"
+        " -r tasks {wildcards.task} -p seed {wildcards.seed} -r methods '{params.methods}' -p group {wildcards.group} {where}"
 
 
 rule evaluate:
     input:
-        unit + "/train_{group}.json",
+        trained_for,
         notebook="nbs/04_eval.ipynb",
-        package=package,
+        package=package("eval", "train"),
     output:
-        unit + "/eval_{group}.json",
+        evaluation,
     params:
-        settings=fingerprint(values),
-        methods=lambda wildcards: " ".join(groups[wildcards.group]),
+        settings=without_sweeps,
+        tasks=lambda w: " ".join(parts[w.part]),
+        methods=lambda w: " ".join(groups[w.group]),
     resources:
         gpu=gpus,
     message:
-        "evaluate: {params.methods} on {wildcards.task}, seed {wildcards.seed}"
+        "evaluate: {params.methods} on {params.tasks}, seed {wildcards.seed}"
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
-        " {runs}/{wildcards.task}/seed{wildcards.seed}/04_eval_{wildcards.group}.ipynb"
-        " -p profile {settings.profile} -p task {wildcards.task} -p seed {wildcards.seed} -r methods '{params.methods}' -p group {wildcards.group} {where}"
+        " {runs}/{wildcards.part}/seed{wildcards.seed}/04_eval_{wildcards.group}.ipynb"
+        " -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part} -r methods '{params.methods}' -p group {wildcards.group} {where}"
+
+
+rule confidence:
+    input:
+        trained_for,
+        notebook="nbs/05_confidence_at_k.ipynb",
+        package=package("confidence", "train"),
+    output:
+        pool,
+    params:
+        settings=without_sweeps,
+        tasks=lambda w: " ".join(parts[w.part]),
+        methods=lambda w: " ".join(groups[w.group]),
+    resources:
+        gpu=gpus,
+    message:
+        "candidates: {params.methods} on {params.tasks}, seed {wildcards.seed}"
+    shell:
+        "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
+        " {runs}/{wildcards.part}/seed{wildcards.seed}/05_confidence_{wildcards.group}.ipynb"
+        " -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part} -r methods '{params.methods}' -p group {wildcards.group} {where}"
+
+
+rule sweep:
+    input:
+        data_of,
+        lambda w: [train.format(**w, group=group) for group in groups],
+        notebook="nbs/07a_sweep.ipynb",
+        package=package("experiments"),
+    output:
+        sweep,
+    params:
+        settings=with_sweeps,
+    resources:
+        gpu=gpus,
+    message:
+        "sweep: {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
+        " {runs}/{wildcards.task}/seed{wildcards.seed}/07a_sweep.ipynb"
+        " -r tasks {wildcards.task} -p seed {wildcards.seed} -r sweeps {settings.sweeps} {where}"

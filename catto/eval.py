@@ -4,28 +4,26 @@
 
 # %% auto #0
 __all__ = ['expected_calibration_error', 'ReliabilityCurve', 'reliability_curve', 'plot_reliability', 'NoiseFloor', 'noise_floor',
-           'debiased_ece', 'calibration_report', 'first_tokens', 'predict', 'evaluate_method', 'load_model']
+           'debiased_ece', 'calibration_report', 'chosen_run', 'evaluate_method']
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4
-import itertools
 import json
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import relplot
-import torch
 from datasets import Dataset
 from matplotlib.patheffects import withStroke
 from scipy.stats import DegenerateDataWarning, bootstrap
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .data import ANSWER_PREFIX, format_prompt, label_token, load_questions, parse_answer, prepare_data
-from .settings import METHOD_NAMES, code_hash, file_hash, load, run_folder, run_step, write_summary
+from .data import prepare_data
+from .methods import METHODS, Run, grid
+from .predict import first_tokens, fit_temperature, load_model, predict  # all four also reached from here
+from .settings import code_hash, file_hash, load, run_folder, run_step, write_summary
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-2
 def _probabilities(
@@ -375,153 +373,99 @@ def calibration_report(
     numbers |= _scores(c, z) | _extras(c, p_correct, parsed)
     return {"n": len(c)} | {key: float(value) for key, value in numbers.items()} | {"n_bins": int(n_bins)}
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-18
-def _label_ids(tokenizer, labels, lead):
-    "The first token of each label after `lead`."
-    return [tokenizer.encode(lead + label, add_special_tokens=False)[0] for label in labels]
-
-
-def first_tokens(
-    tokenizer,  # tokenizer of the model
-    labels,  # label set
-    lead="",  # text between the last token before the label and the label itself
-):  # list of token ids, one for each label
-    "The first token of each label as it is written after `lead`. Raises `ValueError` when two labels share one."
-    ids = _label_ids(tokenizer, labels, lead)
-    for i, j in itertools.combinations(range(len(ids)), 2):
-        if ids[i] == ids[j]:
-            raise ValueError(f"labels {labels[i]!r} and {labels[j]!r} start with the same token {tokenizer.decode(ids[i])!r}: "
-                             "their confidence cannot be told apart")
-    return ids
-
-# %% ../nbs/04_eval.ipynb #23a2fcf4-19
-def _open_answer(text):
-    "A response without a valid label, cut or completed so that the label comes next."
-    before, found, _ = text.rpartition(ANSWER_PREFIX)
-    if found and "</think>" not in text[len(before):]:
-        return before + found
-    text = text.rstrip()
-    return text + ("\n" if "</think>" in text else " </think>\n") + ANSWER_PREFIX
-
-# %% ../nbs/04_eval.ipynb #23a2fcf4-20
-def _left_pad(rows, pad_id, device):
-    "Token lists -> (input_ids, attention_mask), each (B, T), padded on the left."
-    width = max(map(len, rows))
-    ids = [[pad_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _generate(model, tokenizer, prompts, max_new_tokens):
-    "Greedy continuations of token lists, without the end token; and whether each ended by itself."
-    ids, mask = _left_pad(prompts, tokenizer.pad_token_id, model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    rows = [row.tolist() for row in out[:, ids.shape[1]:].cpu()]
-    ended = [tokenizer.eos_token_id in row for row in rows]
-    return [row[: row.index(tokenizer.eos_token_id)] if end else row for row, end in zip(rows, ended)], ended
-
-
-def _next_token_probs(model, tokenizer, rows):
-    "Probabilities of the next token after each token list, (B, V), summed in float64: a vocabulary has 150,000 terms."
-    ids, mask = _left_pad(rows, tokenizer.pad_token_id, model.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate() counts them: padding is no position
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
-    return logits.float().cpu().double().softmax(-1)  # some devices have no float64
-
-# %% ../nbs/04_eval.ipynb #23a2fcf4-21
-def _answer_position(question, generated, tokenizer):
-    "(predicted label or None, token ids before the label, first token of each label) for one response."
-    text = tokenizer.decode(generated, clean_up_tokenization_spaces=False)
-    predicted = parse_answer(text, question["options"], question["choices"])
-    position = label_token(generated, tokenizer) if predicted is not None else None
-    if position is None:
-        opened = _open_answer(text)
-        return None, tokenizer.encode(opened, add_special_tokens=False), first_tokens(tokenizer, question["options"], " ")
-    before = tokenizer.decode(generated[:position], clean_up_tokenization_spaces=False)
-    rest = text[len(before):]
-    lead = rest[: len(rest) - len(rest.lstrip(" \t\r\n>([{*\"'`"))]
-    # Labels may share a token after an odd lead, such as a tab: the answer is clear, and its confidence needs none of them.
-    return predicted, generated[:position], _label_ids(tokenizer, question["options"], lead)
-
-# %% ../nbs/04_eval.ipynb #23a2fcf4-22
-def _predict_batch(model, tokenizer, batch, max_new_tokens):
-    "One row for each question of a batch."
-    prompts = [tokenizer(format_prompt(q))["input_ids"] for q in batch]
-    generated, ended = _generate(model, tokenizer, prompts, max_new_tokens)
-    places = [_answer_position(q, g, tokenizer) for q, g in zip(batch, generated)]
-    probs = _next_token_probs(model, tokenizer, [p + before for p, (_, before, _) in zip(prompts, places)])
-    for q, g, end, (predicted, _, label_ids), p in zip(batch, generated, ended, places, probs):
-        fallback, best = predicted is None, int(p[label_ids].argmax())
-        predicted = q["options"][best] if fallback else predicted
-        yield {
-            "id": q["id"], "task": q["task"], "candidate": 0, "label": q["label"], "predicted": predicted,
-            "confidence": min(float(p[label_ids[best]] if fallback else p.max()), 1.0),  # rounding may exceed 1
-            "in_option_mass": min(float(p[sorted(set(label_ids))].sum()), 1.0),
-            "correct": predicted == q["label"], "fallback": fallback, "parsed": not fallback,
-            "p_correct": q["posterior"][q["options"].index(predicted)] if q.get("posterior") else float("nan"),
-            "bayes": max(q["posterior"]) if q.get("posterior") else float("nan"),  # no answer can be right more often
-            "finished": end, "tokens": len(g), "text": tokenizer.decode(g, clean_up_tokenization_spaces=False),
-        }
-
-
-@torch.no_grad()
-def predict(
-    model,  # causal language model
-    tokenizer,  # its tokenizer, with a pad token
-    questions,  # Dataset of questions
-    batch_size=16,  # questions decoded at once
-    max_new_tokens=1024,  # length limit of a response [tokens]
-):  # Dataset, one row per question
-    "Greedy answers with label confidence. Raises `ValueError` for a tokenizer without a pad token."
-    if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before predict()")
-    training, questions = model.training, list(questions)
-    model.eval()
+# %% ../nbs/04_eval.ipynb #choice02
+def _manifest(folder, what):
+    "The training manifest in `folder` as a dict. FileNotFoundError and ValueError name `what`, the run."
+    path = folder / "train.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{what} is not trained yet: {path.name} is missing; run 03_train first")
     try:
-        batches = (questions[start : start + batch_size] for start in range(0, len(questions), batch_size))
-        return Dataset.from_list([row for batch in batches for row in _predict_batch(model, tokenizer, batch, max_new_tokens)])
-    finally:
-        model.train(training)
+        manifest = json.loads(path.read_text())
+        return manifest | {"outputs": manifest["outputs"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{what}: its {path.name} is damaged; run 03_train again, which rebuilds it") from None
+
+
+def chosen_run(
+    settings,  # Settings; the mean is over settings.seeds
+    task,  # training task
+    method,  # a name in METHODS
+    root=".",  # folder that holds data/runs
+):  # Run
+    """The run of a method with the lowest mean validation ECE (D.4); ties: the first. One that diverged on a seed is chosen
+    only if all did: then the one that diverged on fewest. Raises `FileNotFoundError` naming a run that is not trained yet."""
+    runs = grid(settings, task, method)
+    if len(runs) == 1:
+        return runs[0]
+
+    def rank(run):
+        found = [_manifest(run_folder(root, settings, task, seed, run.name), f"{run.name} of {task}, seed {seed},") for seed in settings.seeds]
+        whole = [manifest["validation_ece"] for manifest in found if not manifest.get("diverged")]
+        return len(found) - len(whole), np.mean(whole) if whole else np.inf
+
+    return min(runs, key=rank)  # min takes the first of equals
+
+# %% ../nbs/04_eval.ipynb #evalone2
+_SAMPLED = ("sft_ts",)  # methods whose answers are sampled (Tables 1 and 2)
+
+
+def _source(settings, task, seed, run, root):
+    "(Run whose model answers, its training manifest, temperature) for one run: scaled methods use their base's."
+    method, folder = METHODS[run.method], run_folder(root, settings, task, seed, run.name)
+    if method.kind != "scaled":
+        return run, _manifest(folder, f"{run.name} of {task}, seed {seed},"), 1.0
+    base = chosen_run(settings, task, method.base, root)
+    manifest = _manifest(run_folder(root, settings, task, seed, base.name), f"{base.name} of {task}, seed {seed},")
+    return base, manifest, None if manifest.get("diverged") else manifest["temperature"]
+
+
+def _learning_rate(settings, run):
+    "The rate with which a run was trained; nan for methods without training."
+    kind = METHODS[run.method].kind
+    return float("nan") if kind == "scaled" else getattr(run.settings(settings), f"{kind}_learning_rate")
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-23
 def evaluate_method(
     settings,  # Settings
-    task,  # training task; its test split is the one predicted
+    task,  # training task
     seed,  # random seed
-    method,  # a trained method
+    method,  # a name in METHODS
     root=".",  # folder that holds data/runs
+    tested_on=None,  # task whose test split is predicted; None: the training task's
+    run=None,  # Run of the method to evaluate; None: the chosen one
 ):  # the manifest
-    "Predict the test questions with a trained method and save them as parquet, with what produced them in every row."
-    if method not in METHOD_NAMES:
-        raise ValueError(f"unknown method {method!r}: accepted are {', '.join(METHOD_NAMES)}")
-    folder = run_folder(root, settings, task, seed, method)
-    questions_file = run_folder(root, settings, task, seed, "data") / "test.parquet"
-    trained = folder / "train.json"
-    if not trained.exists():
-        raise FileNotFoundError(f"{method} of {task}, seed {seed}, is not trained yet: {trained.name} is missing; run 03_train first")
-    key = {"step": "eval", "task": task, "seed": seed, "method": method, "trained": json.loads(trained.read_text())["outputs"],
-           "questions": file_hash(questions_file), "max_new_tokens": settings.max_new_tokens,
-           "batch": settings.generation_batch_size, "code": code_hash("data", "eval", "settings")}
+    """Predict test questions with a trained method and save them as parquet, with what produced them in every row.
+    Raises `ValueError` for an unknown method, `FileNotFoundError` naming a run that is not trained or questions not made."""
+    run = chosen_run(settings, task, method, root) if run is None else run
+    source, trained, temperature = _source(settings, task, seed, run, root)
+    tested, suffix = tested_on or task, f"_{tested_on}" if tested_on not in (None, task) else ""
+    questions = run_folder(root, settings, tested, seed, "data") / "test.parquet"
+    if not questions.exists():
+        raise FileNotFoundError(f"there are no test questions of {tested}, seed {seed}: run 02_data_gen first")
+    path = run_folder(root, settings, task, seed, run.name) / f"predictions_test{suffix}.parquet"
+    key = {"step": "eval", "task": task, "tested_on": tested, "seed": seed, "run": run.name, "model_of": source.name,
+           "trained": trained["outputs"], "diverged": bool(trained.get("diverged")), "temperature": temperature,
+           "sampled": method in _SAMPLED, "questions": file_hash(questions), "max_new_tokens": settings.max_new_tokens,
+           "batch": settings.generation_batch_size, "dtype": settings.dtype, "code": code_hash("data", "predict", "eval", "settings")}
 
     def work():
-        model, tokenizer = load_model(folder / "model", settings.dtype)
-        questions = Dataset.from_parquet(str(questions_file))
-        rows = predict(model, tokenizer, questions, settings.generation_batch_size, settings.max_new_tokens).to_pandas()
+        path.unlink(missing_ok=True)  # of a run that has diverged since
+        facts = {"run": run.name, "model_of": source.name, "temperature": temperature, "diverged": key["diverged"]}
+        if key["diverged"]:
+            return facts, []
         produced = {"profile": settings.profile, "trained_on": task, "method": method, "seed": seed, "split": "test"}
-        rows.assign(**produced).to_parquet(folder / "predictions_test.parquet", index=False)
-        return {"n": len(rows), "fallbacks": int(rows["fallback"].sum()), "cut_by_max_new_tokens": int((~rows["finished"]).sum())}, [folder / "predictions_test.parquet"]
+        rows = _predict_file(settings, questions, run_folder(root, settings, task, seed, source.name) / "model", temperature,
+                             seed if key["sampled"] else None)
+        rows.assign(**produced, learning_rate=_learning_rate(settings, run)).to_parquet(path, index=False)
+        return facts | {"n": len(rows), "fallbacks": int(rows["fallback"].sum()), "cut_by_max_new_tokens": int((~rows["finished"]).sum())}, [path]
 
-    return run_step(folder / "eval.json", key, work)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return run_step(path.parent / f"eval{suffix}.json", key, work)
 
-# %% ../nbs/04_eval.ipynb #23a2fcf4-24
-def load_model(
-    path,  # folder of a saved model, or a model name
-    dtype="float32",  # float32 or bfloat16
-):  # (model, tokenizer)
-    "A causal language model and its tokenizer, on the best device there is. Raises `FileNotFoundError` for a missing path."
-    if "/" in str(path) and (str(path).startswith((".", "/")) or Path(path).parent.is_dir()) and not Path(path).is_dir():
-        raise FileNotFoundError(f"model folder {str(path)!r} does not exist")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+def _predict_file(settings, questions, model, temperature, seed):
+    "Rows for a file of questions; `seed` None writes greedily."
+    model, tokenizer = load_model(model, settings.dtype)
+    sampled = {} if seed is None else {"candidates": 1, "seed": seed}
+    return predict(model, tokenizer, Dataset.from_parquet(str(questions)), settings.generation_batch_size, settings.max_new_tokens,
+                   temperature=temperature, **sampled).to_pandas()
