@@ -29,8 +29,11 @@ trained = [*settings.tasks, settings.ood_task] if settings.ood_task else [*setti
 groups = {"all": settings.methods} if settings.group_methods else {m: (m,) for m in settings.methods}
 parts = {"all": trained} if settings.group_tasks else {task: (task,) for task in trained}
 part_of = {task: part for part, tasks in parts.items() for task in tasks}
+# Candidates (Table 3) are of tasks in distribution, and of methods that have a model of their own.
+pool_parts = {"all": settings.tasks} if settings.group_tasks else {task: (task,) for task in settings.tasks}
+sampled = [group for group, methods in groups.items() if any(METHODS[m].kind != "scaled" for m in methods)]
 
-runs = f"{root}/data/runs/{settings.profile}"
+runs = str(Path(config.get("root", ".")) / "data" / "runs" / settings.profile)
 unit = runs + "/{task}/seed{seed}"
 batch = runs + "/{part}/seed{seed}"
 data, train, sweep = batch + "/data.json", unit + "/train_{group}.json", unit + "/sweep.json"
@@ -47,20 +50,24 @@ def data_of(w):
     return data.format(part=part_of[w.task], seed=w.seed)
 
 
+def all_data(w):
+    "For steps that also ask the questions of other tasks."
+    return [data.format(part=part, seed=w.seed) for part in parts]
+
+
 def base_of(w):
     "A method that trains alone waits for the one it starts from."
     base = METHODS[w.group].base if w.group in METHODS else None
     return [train.format(task=w.task, seed=w.seed, group=base)] if base in groups else []
 
 
-def trained_for(w):
-    "The learning rate is chosen by the mean over seeds, so all seeds are trained before one is evaluated, on any task's questions."
-    models = [train.format(task=task, seed=seed, group=w.group) for task in parts[w.part] for seed in settings.seeds]
-    return models + [data.format(part=part, seed=w.seed) for part in parts]
+def all_seeds(tasks_of):
+    "The learning rate is chosen by the mean over seeds, so all seeds are trained before one is evaluated."
+    return lambda w: [train.format(task=task, seed=seed, group=w.group) for task in tasks_of[w.part] for seed in settings.seeds]
 
 
 def grid(pattern, **words):
-    return expand(pattern, seed=settings.seeds, group=groups, **words)
+    return expand(pattern, seed=settings.seeds, **{"group": groups, **words})
 
 
 # --- what makes a step run again: an edit to its notebook or to its part of the package, and other settings ---
@@ -82,7 +89,7 @@ without_sweeps = fingerprint({name: value for name, value in values.items() if n
 
 # Notebooks run in nbs/, so what they are told must not depend on the folder.
 seeds = " ".join(map(str, settings.seeds))
-where = f"-p profile {settings.profile} -r seeds '{seeds}' -p root {shlex.quote(root)} -p settings_file {shlex.quote(ini)}"
+where = f"-r seeds '{seeds}' -p root {shlex.quote(root)} -p settings_file {shlex.quote(ini)}"
 
 # `make` allows GPUS of these at a time, so that two jobs never share a GPU; the mini model takes none.
 gpus = 0 if settings.model == "mini" else 1
@@ -105,7 +112,7 @@ rule all:
 rule report:
     input:
         grid(evaluation, part=parts),
-        grid(pool, part=parts),
+        grid(pool, part=pool_parts, group=sampled),
         notebook="nbs/06_report.ipynb",
         package=package("report"),
     output:
@@ -117,7 +124,8 @@ rule report:
         f"report: tables and figures of profile {settings.profile}"
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
-        " {runs}/06_report.ipynb {where}"
+        " {runs}/06_report.ipynb"
+        " -p profile {settings.profile} {where}"
 
 
 rule experiments:
@@ -135,7 +143,8 @@ rule experiments:
         f"experiments: tables and figures of profile {settings.profile}"
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
-        " {runs}/07_experiments.ipynb -r sweeps {settings.sweeps} {where}"
+        " {runs}/07_experiments.ipynb"
+        " -p profile {settings.profile} -r sweeps {settings.sweeps} {where}"
 
 
 rule data:
@@ -152,7 +161,7 @@ rule data:
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.part}/seed{wildcards.seed}/02_data_gen.ipynb"
-        " -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part} {where}"
+        " -p profile {settings.profile} -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part} {where}"
 
 
 rule train:
@@ -173,12 +182,14 @@ rule train:
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.task}/seed{wildcards.seed}/03_train_{wildcards.group}.ipynb"
-        " -r tasks {wildcards.task} -p seed {wildcards.seed} -r methods '{params.methods}' -p group {wildcards.group} {where}"
+        " -p profile {settings.profile} -r tasks {wildcards.task} -p seed {wildcards.seed}"
+        " -r methods '{params.methods}' -p group {wildcards.group} {where}"
 
 
 rule evaluate:
     input:
-        trained_for,
+        all_seeds(parts),
+        all_data,
         notebook="nbs/04_eval.ipynb",
         package=package("eval", "train"),
     output:
@@ -194,19 +205,20 @@ rule evaluate:
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.part}/seed{wildcards.seed}/04_eval_{wildcards.group}.ipynb"
-        " -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part} -r methods '{params.methods}' -p group {wildcards.group} {where}"
+        " -p profile {settings.profile} -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part}"
+        " -r methods '{params.methods}' -p group {wildcards.group} {where}"
 
 
 rule confidence:
     input:
-        trained_for,
+        all_seeds(pool_parts),
         notebook="nbs/05_confidence_at_k.ipynb",
         package=package("confidence", "train"),
     output:
         pool,
     params:
         settings=without_sweeps,
-        tasks=lambda w: " ".join(parts[w.part]),
+        tasks=lambda w: " ".join(pool_parts[w.part]),
         methods=lambda w: " ".join(groups[w.group]),
     resources:
         gpu=gpus,
@@ -215,17 +227,19 @@ rule confidence:
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.part}/seed{wildcards.seed}/05_confidence_{wildcards.group}.ipynb"
-        " -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part} -r methods '{params.methods}' -p group {wildcards.group} {where}"
+        " -p profile {settings.profile} -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part}"
+        " -r methods '{params.methods}' -p group {wildcards.group} {where}"
 
 
 rule sweep:
     input:
-        data_of,
         lambda w: [train.format(**w, group=group) for group in groups],
+        all_data,
         notebook="nbs/07a_sweep.ipynb",
         package=package("experiments"),
     output:
         sweep,
+    priority: 1  # the longest steps come first, so that no core waits for one at the end
     params:
         settings=with_sweeps,
     resources:
@@ -235,4 +249,4 @@ rule sweep:
     shell:
         "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.task}/seed{wildcards.seed}/07a_sweep.ipynb"
-        " -r tasks {wildcards.task} -p seed {wildcards.seed} -r sweeps {settings.sweeps} {where}"
+        " -p profile {settings.profile} -r tasks {wildcards.task} -p seed {wildcards.seed} -r sweeps {settings.sweeps} {where}"

@@ -383,7 +383,7 @@ def _manifest(folder, what):
         manifest = json.loads(path.read_text())
         return manifest | {"outputs": manifest["outputs"]}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{what}: its {path.name} is damaged; run 03_train again, which rebuilds it") from None
+        raise ValueError(f"{what} has a damaged {path.name}; run 03_train again, which rebuilds it") from None
 
 
 def chosen_run(
@@ -406,9 +406,6 @@ def chosen_run(
     return min(runs, key=rank)  # min takes the first of equals
 
 # %% ../nbs/04_eval.ipynb #evalone2
-_SAMPLED = ("sft_ts",)  # methods whose answers are sampled (Tables 1 and 2)
-
-
 def _source(settings, task, seed, run, root):
     "(Run whose model answers, its training manifest, temperature) for one run: scaled methods use their base's."
     method, folder = METHODS[run.method], run_folder(root, settings, task, seed, run.name)
@@ -445,7 +442,7 @@ def evaluate_method(
     path = run_folder(root, settings, task, seed, run.name) / f"predictions_test{suffix}.parquet"
     key = {"step": "eval", "task": task, "tested_on": tested, "seed": seed, "run": run.name, "model_of": source.name,
            "trained": trained["outputs"], "diverged": bool(trained.get("diverged")), "temperature": temperature,
-           "sampled": method in _SAMPLED, "questions": file_hash(questions), "max_new_tokens": settings.max_new_tokens,
+           "sampled": METHODS[method].sampled, "questions": file_hash(questions), "max_new_tokens": settings.max_new_tokens,
            "batch": settings.generation_batch_size, "dtype": settings.dtype, "code": code_hash("data", "predict", "eval", "settings")}
 
     def work():

@@ -215,7 +215,7 @@ def _panel(ax, rows, metric, reference, places):
         ax.plot(lost, [0.94 - 0.08 * number] * len(lost), linestyle="", marker="x", color="black", markersize=7, transform=ax.get_xaxis_transform(),
                 label="diverged" if lost else None)
 
-
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-9
 def plot_sweep(
     means,  # of sweep_means
 ):  # matplotlib Figure
@@ -241,7 +241,7 @@ def plot_sweep(
     fig.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-9
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-10
 ACCURACY_COST = 1.0  # validation accuracy that a recipe may cost against dpo_matched [points]
 
 
@@ -264,7 +264,7 @@ def recommend(
     recipes = recipes.sort_values(["is_reference", "qualifies", "validation_ece"], ascending=[True, False, True], ignore_index=True)
     return recipes.assign(recommended=recipes["qualifies"] & (recipes.index == 0)).drop(columns="is_reference")
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-10
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-11
 def _recipe_words(row):
     where = "all tokens" if row["tokens"] == "all" else "the label token"
     return f"`{row['form']}` on {where}, scale {row['scale']:g}, λ = {row['weight']:g}"
@@ -292,7 +292,7 @@ def recipe_markdown(
                      f"{'yes' if row['qualifies'] else 'no' if row['weight'] else '–'} | {row['test_ece']:.1f} | {row['test_accuracy']:.1f} |")
     return words + "\n\n" + "\n".join(lines) + "\n"
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-11
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-12
 def cal_dpo_runs(
     settings,  # Settings; sweep_betas and methods are used
 ):  # list of Run; without cal_dpo among the methods none
@@ -308,7 +308,7 @@ def cal_dpo_cases(settings):
     "The cases of the β sweep, on the tasks in distribution."
     return [Case(task, seed, run) for task in settings.tasks for seed in settings.seeds for run in cal_dpo_runs(settings)]
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-12
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-13
 def cal_dpo_table(
     test,  # dict Case -> Outcome on test
     logs,  # dict Case -> Outcome with the log of training
@@ -333,7 +333,7 @@ def cal_dpo_table(
     numbers = ["ece", "accuracy", *compare([], settings), "rewards_inside", "chosen_log_ratio", "rejected_log_ratio", "chosen_over_goal"]
     return pd.DataFrame(rows).reindex(columns=["task", "seed", "run", "method", "beta", "goal", "state", *numbers]).astype({"rewards_inside": float})
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-13
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-14
 def plot_cal_dpo(
     table,  # of cal_dpo_table
 ):  # matplotlib Figure
@@ -364,7 +364,7 @@ def plot_cal_dpo(
         ax.spines[["top", "right"]].set_visible(False)
     return fig
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-14
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-15
 PAPER_BOUND = 0.25  # Proposition E.11, assumed by A.3
 
 
@@ -375,7 +375,7 @@ def gradient_bound():
         return calibration_gradient(TokenProbs(p.log(), torch.maximum(p, q), q)).item()
     return -minimize_scalar(lambda margin: -size(margin), bounds=(0, 1), method="bounded", options={"xatol": 1e-10}).fun
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-15
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-16
 def gradient_cases(settings):
     "Every run with a calibration loss, on every task it was trained on."
     methods = [method for method in settings.methods if recipe_of(Run(method), settings)["weight"]]
@@ -413,7 +413,7 @@ def check_gradients(
         f"{worst['run']} on {worst['task']}, seed {worst['seed']}, logged a gradient of {worst['largest_gradient']:.4f}, above {worst['sharper_bound']:.4f}")
     return len(held)
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-16
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-17
 def plot_gradients(
     table,  # of gradient_table
     logs,  # dict Case -> Outcome with the log of training
@@ -440,7 +440,7 @@ def plot_gradients(
     left.legend(frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     return fig
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-17
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-18
 TRANSFER_METHODS = ("dpo_matched", "rcft", "dpo_catto", "dpo_catto_label")
 
 
@@ -458,7 +458,7 @@ def transfer_cases(
             cases += [Case(trained, seed, run, tested) for seed in seeds for run in runs]
     return cases
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-18
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-19
 TRANSFER_TO = ("dpo_matched", "rcft")  # what a method is compared with
 
 
@@ -487,7 +487,7 @@ def transfer_table(
     numbers = ["n", "ece", "accuracy"] + [f"{name}_{other}" for other in TRANSFER_TO for name in compare([], settings, ["ece"])]
     return pd.DataFrame(rows).reindex(columns=["trained_on", "tested_on", "method", "state", "seeds", *numbers])
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-19
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-20
 def _heat(ax, rows, tasks, value, low=None, high=None):
     "A heat map with numbers: bold where the interval excludes 0, an x where a run diverged, nothing where none was made."
     grid = np.full((len(tasks), len(tasks)), np.nan)
@@ -498,7 +498,7 @@ def _heat(ax, rows, tasks, value, low=None, high=None):
         text = "div." if row["state"] == "diverged" else "" if np.isnan(row[value]) else f"{row[value]:{'+' if signed else ''}.1f}"
         sure = signed and not np.isnan(row[value]) and (row[low] > 0 or row[high] < 0)
         ax.text(place[1], place[0], text, ha="center", va="center", fontsize=7, weight="bold" if sure else "normal")
-    ax.imshow(grid, cmap="PuOr_r" if signed else "Greys", vmin=-40 if signed else 0, vmax=40 if signed else 80)  # pale, so that numbers can be read
+    ax.imshow(grid, cmap="PuOr_r" if signed else "Greys", vmin=-80 if signed else 0, vmax=80 if signed else 120)  # pale, so that numbers can be read
     ax.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=7)
     ax.set_yticks(range(len(tasks)), tasks, fontsize=7)
 
@@ -526,7 +526,7 @@ def plot_transfer(
     fig.supylabel("trained on", fontsize="small")
     return fig
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-20
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-21
 LABEL_TOKEN = "label token"
 
 
@@ -538,7 +538,7 @@ def sequence_confidences(
              "minimum": rows["min_prob"], "last token": rows["last_prob"]}
     return pd.DataFrame(kinds).astype(float).fillna(0.0).clip(upper=1.0)  # a float32 mean of ones may exceed 1 by rounding
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-21
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-22
 def _chosen(settings, task, method, root):
     "The run of a method that validation chose; its own run while there is nothing to choose from."
     try:
@@ -563,7 +563,7 @@ def sequence_scores(
             "auroc": 100 * roc_auc_score(correct, confidence) if len(set(correct)) == 2 else np.nan, "brier": 100 * brier_score_loss(correct, confidence)}
     return found
 
-
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-23
 def sequence_table(
     test,  # dict Case -> Outcome on test
     settings,  # Settings
@@ -584,7 +584,7 @@ def sequence_table(
                          **numbers, **compare(pairs, settings, ["ece"])})
     return pd.DataFrame(rows)
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-22
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-24
 def plot_sequence(
     table,  # of sequence_table
 ):  # matplotlib Figure
@@ -607,7 +607,7 @@ def plot_sequence(
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds), frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-23
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-25
 def run_cal_dpo(settings, task, seed, root="."):
     "Train and evaluate Cal-DPO at every β; dict of manifests."
     return _train_and_evaluate(settings, task, seed, cal_dpo_runs(settings), root)
@@ -648,7 +648,7 @@ def run_experiments(
     write_summary(run_folder(root, settings, task, seed) / "sweep.json", manifests)
     return manifests
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-24
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-26
 def _save(target, name, tables, figure):
     "Tables as csv, the figure as svg; the files written."
     for file, table in tables.items():
@@ -679,7 +679,7 @@ def _write_sweep(settings, root, target):
     files = _save(target, "lambda_sweep", {"lambda_sweep": table, "lambda_means": means, "recipe": ranking}, plot_sweep(means))
     return [*files, target / "recipe.md"], f"{words.splitlines()[0]} {what_is_missing(test)}"
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-25
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-27
 def _write_cal_dpo(settings, root, target):
     cases = cal_dpo_cases(settings)
     test, logs = (read_outcomes(settings, cases, root, name) for name in ("test", "log"))
@@ -700,11 +700,11 @@ def _write_gradients(settings, root, target):
         return [], nothing
     table = gradient_table(logs, settings)
     checked, largest = check_gradients(table), table.groupby("form")["largest_gradient"].max()
-    words = (f"Largest gradient: {', '.join(f'`{form}` {size:.4f}' for form, size in largest.items())}; {int(table['above_paper_bound'].sum())} of {len(table)} runs go above "
-             f"the paper's ¼. The printed form stayed below {gradient_bound():.4f} in all of {checked} runs.")
+    words = (f"Largest gradient: {', '.join(f'`{form}` {size:.4f}' for form, size in largest.items())}; "
+             f"{int(table['above_paper_bound'].sum())} of {len(table)} runs go above the paper's ¼. The printed form stayed below {gradient_bound():.4f} in all of {checked} runs.")
     return _save(target, "gradients", {"gradients": table}, plot_gradients(table, logs)), f"{words} {what_is_missing(logs)}"
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-26
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-28
 def _write_transfer(settings, root, target):
     test = read_outcomes(settings, transfer_cases(settings), root)
     if nothing := _nothing(test):
@@ -713,10 +713,11 @@ def _write_transfer(settings, root, target):
     away, words = table[(table["trained_on"] != table["tested_on"]) & (table["state"] == "done")], []
     for other in TRANSFER_TO:
         for method, rows in away.dropna(subset=f"ece_low_{other}").groupby("method", sort=False):
-            words.append(f"away from home `{method}` changes the ECE of `{other}` by {rows[f'ece_difference_{other}'].mean():+.1f} on average over {len(rows)} pairs of tasks, "
-                         f"interval below 0 on {int((rows[f'ece_high_{other}'] < 0).sum())}, above on {int((rows[f'ece_low_{other}'] > 0).sum())}")
-    words.append("all pairs of tasks" if settings.sweeps else f"`sweeps = false`: away from home {f'the models trained on {settings.ood_task} alone' if settings.ood_task else 'nothing'}")
-    return _save(target, "transfer", {"transfer": table}, plot_transfer(table)), f"{'; '.join(words)}. {what_is_missing(test)}"
+            words.append(f"`{method}` − `{other}` {rows[f'ece_difference_{other}'].mean():+.1f} (interval below 0 on "
+                         f"{int((rows[f'ece_high_{other}'] < 0).sum())}, above on {int((rows[f'ece_low_{other}'] > 0).sum())} of {len(rows)})")
+    found = f"ECE away from home, mean over pairs of tasks: {'; '.join(words)}." if words else "No model was tested away from home."
+    why = "" if settings.sweeps else f" `sweeps = false`: away from home only what was trained on {settings.ood_task or 'ood_task'}."
+    return _save(target, "transfer", {"transfer": table}, plot_transfer(table)), f"{found}{why} {what_is_missing(test)}"
 
 
 def _write_sequence(settings, root, target):
@@ -728,7 +729,7 @@ def _write_sequence(settings, root, target):
     words = ", ".join(f"{kind} {row['ece']:.1f} / {row['auroc']:.1f}" for kind, row in means.iterrows())
     return _save(target, "sequence", {"sequence": table}, plot_sequence(table)), f"Mean ECE / AUROC over methods and tasks: {words}. {what_is_missing(test)}"
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-27
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-29
 PARTS = {  # name -> (title, what writes it, the cases it reads)
     "lambda_sweep": ("The weight sweep and the recommended recipe", _write_sweep, lambda s, root: sweep_cases(s) if s.sweeps else []),
     "cal_dpo": ("Cal-DPO", _write_cal_dpo, lambda s, root: cal_dpo_cases(s)),
@@ -750,7 +751,7 @@ def _inputs(settings, cases, root):
                 found.append([case.task, case.seed, case.run.name, path.name, manifest["key"], manifest["outputs"], manifest.get("diverged")])
     return fingerprint(found)
 
-# %% ../nbs/07_experiments.ipynb #23a2fcf4-28
+# %% ../nbs/07_experiments.ipynb #23a2fcf4-30
 def write_experiments(
     settings,  # Settings
     root=".",  # folder below which data/runs and figures/ lie
@@ -770,7 +771,8 @@ def write_experiments(
             if not written:
                 print(f"{name}: {sentences[name].strip()}")
         lines = [f"- **{title}** (`{name}`): {sentences[name].strip()}" for name, (title, _, _) in PARTS.items()]
-        write_atomic(target / "experiments.md", f"Experiments on profile `{settings.profile}`, seeds {', '.join(map(str, settings.seeds))}.\n\n" + "\n".join(lines) + "\n")
+        head = f"Experiments on profile `{settings.profile}`, seeds {', '.join(map(str, settings.seeds))}."
+        write_atomic(target / "experiments.md", "\n".join([head, "", *lines]) + "\n")
         return {"parts": {name: text.strip() for name, text in sentences.items()}}, [*files, target / "experiments.md"]
 
     return run_step(Path(root) / "data" / "runs" / settings.profile / "experiments.json", key, work)

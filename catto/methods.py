@@ -22,6 +22,7 @@ class Method:
     kind: str  # how it is trained: sft, preference, rcft, or scaled (not at all: its base, with a temperature)
     base: str | None = None  # the method whose model it starts from
     matched: bool = False  # trained on CATTO's budget: catto_pairs pairs, catto_epochs epochs
+    sampled: bool = False  # answers are sampled; else greedy
     rates: bool = False  # learning rate chosen from preference_learning_rates on validation (D.4)
     options: Callable = _nothing  # Settings -> further fields of its trainer's configuration
     paper: str | None = None  # its row in the paper's tables
@@ -60,7 +61,7 @@ _MATCHED = _TUNED | dict(matched=True)
 METHODS = {
     "sft": Method("SFT", "sft", paper="sft"),
     "sft_ls": Method("SFT, label smoothing", "sft", options=_smoothed, paper="sft_ls"),
-    "sft_ts": Method("SFT, temperature, sampled", "scaled", "sft", paper="sft_ts"),
+    "sft_ts": Method("SFT, temperature, sampled", "scaled", "sft", sampled=True, paper="sft_ts"),
     "sft_ts_greedy": Method("SFT, temperature, greedy", "scaled", "sft"),
     "dpo": Method("DPO", **_TUNED, paper="dpo"),
     "dpo_matched": Method("DPO, CATTO's budget", **_MATCHED),
@@ -89,13 +90,16 @@ class Run:
     @property
     def name(self):
         "The method's name, with what is changed: `dpo@preference_learning_rate=1e-05`."
-        return self.method + ("@" if self.changes else "") + ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.changes)
+        return self.method + ("@" if self.changes else "") + ",".join(f"{name}={str(value).removesuffix('.0')}" for name, value in self.changes)
 
     def settings(
         self,
         settings,  # Settings of the profile
     ):  # Settings of this run
-        "The profile with the changes."
+        "The profile with the changes. Raises `ValueError` for a change that is no setting."
+        unknown = [name for name, _ in self.changes if not hasattr(settings, name)]
+        if unknown:
+            raise ValueError(f"{self.name} changes the unknown setting {unknown[0]!r}")
         return dataclasses.replace(settings, **dict(self.changes))
 
 # %% ../nbs/00c_methods.ipynb #23a2fcf4-6

@@ -271,22 +271,27 @@ class RCFTTrainer(SmoothedSFTTrainer):
         finally:
             self.model.train(training)
         accuracy = [None if math.isnan(a) else float(a) for a in curve.accuracy]
-        self.estimates.append({"epoch": epoch, "step": self.state.global_step, "count": curve.count.tolist(), "accuracy": accuracy, "ece": curve.ece})
+        self.estimates.append({"epoch": epoch, "step": self.state.global_step, "count": curve.count.tolist(),
+                               "accuracy": accuracy, "ece": curve.ece})
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         "TRL's tokenised rows with the label's place; rows without one are counted."
         rows = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if not args.rcft_weight or "label_place" in rows.column_names:
+        if not args.rcft_weight:
             return rows
         if not isinstance(rows, Dataset):
             raise TypeError(f"{dataset_name} rows are a {type(rows).__name__}: RCFT takes a Dataset")
+        if "label_place" in rows.column_names:  # prepared before
+            return rows
         rows = rows.map(_find_label, fn_kwargs=dict(tokenizer=self._tokenizer, options=args.options, prefix=args.answer_prefix,
                                                     max_length=args.max_length, name=dataset_name))
         without = sum(place < 0 for place in rows["label_place"])
         if without == len(rows):
-            raise ValueError(f"no {dataset_name} response names one of its options after {args.answer_prefix!r}, by a token of its own: there is nothing to calibrate")
+            raise ValueError(f"no {dataset_name} response names one of its options after {args.answer_prefix!r}, by a token of its own: "
+                             "there is nothing to calibrate")
         if without:
-            print(f"{without} of {len(rows)} {dataset_name} responses name none of their options after {args.answer_prefix!r} and get no penalty")
+            print(f"{without} of {len(rows)} {dataset_name} responses name none of their options after {args.answer_prefix!r} "
+                  "and get no penalty")
         return rows
 
     def _set_signature_columns_if_needed(self):

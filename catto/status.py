@@ -10,6 +10,7 @@ __all__ = ['WORDS', 'ALWAYS_READ', 'configured', 'step_name', 'Step', 'planned',
 import fcntl
 import functools
 import json
+import os
 import shutil
 import sys
 import threading
@@ -81,7 +82,8 @@ def planned(
     for task, folder in units:
         away = task == settings.ood_task  # trained there, tested on the other tasks
         for method in settings.methods:
-            for name in [f"eval_{other}" for other in settings.tasks] if away else ["eval", "pool"]:
+            pools = [] if METHODS[method].kind == "scaled" else ["pool"]  # no model of its own to sample from
+            for name in ["eval", *([f"eval_{other}" for other in settings.tasks] if away else pools)]:
                 steps.append(Step(name, method, tuple((folder / run.name / f"{name}.json", run.settings(settings)) for run in grid(settings, task, method))))
     steps += [Step("sweep", "", ((folder / "sweep.json", settings),)) for task, folder in units if task != settings.ood_task]
     return steps + [Step(name, "", ((runs / f"{name}.json", settings),)) for name in ("report", "experiments")]
@@ -246,7 +248,9 @@ def news(
     ended = [name for name in now.done if before and name not in before.done]
     if before and not ended and set(now.running) <= set(before.running):
         return None
-    line = [f"done: {', '.join(name + (f' ({_time(now.done[name])})' if now.done[name] is not None else '') for name in ended)}"] if ended else []
+    names = [name + (f" ({_time(now.done[name])})" if now.done[name] is not None else "") for name in ended]
+    names = names if len(names) < 5 else [*names[:3], f"{len(names) - 3} more"]
+    line = [f"done: {', '.join(names)}"] if ended else []
     line.append(f"{len(now.done)} of {len(now.done) + len(now.left)} steps")
     line += [f"running: {', '.join(now.running)}"] if now.running else []
     line += [f"about {_time(now.seconds_left)}{_sweeps(now.left)} left"] if now.left and now.seconds_left is not None else []
@@ -287,7 +291,7 @@ def remove_damaged(
         if file is None:
             keys.add(manifest["key"])
         elif _remove(path, changed):
-            messages.append(f"missing or damaged: {(path.parent / file).relative_to(root)}; {step_name(path, runs)} runs again")
+            messages.append(f"missing or damaged: {os.path.relpath(path.parent / file, root)}; {step_name(path, runs)} runs again")
     for path, (changed, steps) in summaries.items():
         if steps - keys:
             _remove(path, changed)

@@ -8,7 +8,6 @@ __all__ = ['TRAINERS', 'template_pieces', 'build_tokenizer', 'mini_tokenizer', '
            'train_method', 'train_runs', 'train_methods']
 
 # %% ../nbs/03_train.ipynb #23a2fcf4
-import errno
 import itertools
 import json
 import math
@@ -36,7 +35,7 @@ from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence
 from .methods import METHODS, Run, grid
 from .predict import answer_logits, fit_temperature, load_model, predict
 from .rcft import RCFTConfig, RCFTTrainer, SmoothedSFTConfig, SmoothedSFTTrainer, greedy_calibration
-from .settings import code_hash, fingerprint, load, run_folder, run_step, write_atomic, write_summary
+from .settings import check_values, code_hash, fingerprint, load, run_folder, run_step, write_atomic, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-2
@@ -366,7 +365,14 @@ TRAINERS = {"sft": _sft_trainer, "preference": _preference_trainer, "rcft": _rcf
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-12
 class _MarkWhole(TrainerCallback):
-    "Write the sizes of a checkpoint's files into it, after they are all there."
+    "Log with every checkpoint, and write the sizes of its files into it, after they are all there."
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # What is not logged when a checkpoint is written, a resumed run would lose.
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -445,12 +451,13 @@ def check_disk(
     every = args.save_steps if args.save_strategy == "steps" else steps / math.ceil(args.num_train_epochs)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     one = sum(p.numel() * p.element_size() for p in trainer.model.parameters()) + sum(8 * p.numel() for p in trained)
-    needed = (math.ceil(steps / every) + 1) * one  # the best one is copied
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(args.output_dir).free
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*"))  # of a run that is resumed
+    needed, free = (math.ceil(steps / every) + 1) * one - there, shutil.disk_usage(folder).free  # the best one is copied
     if needed > free:
-        raise OSError(errno.ENOSPC, f"no room for the checkpoints: they take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free "
-                      "some space, or save less often (sft_save_steps, preference_save_steps)", args.output_dir)
+        raise OSError(f"no room for the checkpoints in {folder}: they take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free "
+                      "some space, or save less often (sft_save_steps, preference_save_steps)")
     return needed
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-15
@@ -491,9 +498,12 @@ def _train(trainer, done):
         log = json.loads((done[-1][1] / "trainer_state.json").read_text())["log_history"]
         trainer._total_train_tokens = int(max((row["num_tokens"] for row in log if "num_tokens" in row), default=0))
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(done[-1][1]) if done else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(done[-1][1]) if done else None)
+    except (ValueError, IndexError):  # what RCFT's E-step makes of probabilities that are no numbers
+        if _finite(trainer):
+            raise
     seconds, log = time.perf_counter() - start, _log(trainer)
-    finite = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
     last = log[log["epoch"] > log["epoch"].max() - 1] if len(log) else log
 
     def of(column, rows=log):
@@ -503,10 +513,14 @@ def _train(trainer, done):
     return {
         "steps": trainer.state.global_step, "epochs": trainer.args.num_train_epochs, "parameters": trainer.model.num_parameters(),
         "tokens": int(trainer._total_train_tokens), "train_seconds": round(seconds, 3), "resumed": bool(done),
-        "diverged": not (finite and np.isfinite(of("loss")).all()),
+        "diverged": not (_finite(trainer) and ("loss" not in log or np.isfinite(log["loss"]).all())),
         "inverted_pairs": float(1 - wins.mean()) if len(wins) else None,
         "largest_gradient": float(of("calibration/largest_gradient").max()) if len(of("calibration/largest_gradient")) else None,
         "rewards_inside": float(of("reward_calibration/inside").iloc[-1]) if len(of("reward_calibration/inside")) else None}
+
+
+def _finite(trainer):
+    return all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def _log(trainer):
@@ -563,6 +577,8 @@ def train_runs(
     "Train the runs that are not done yet. One that diverges is recorded as diverged and stops no other."
     manifests = {}
     for run in runs:
+        check_values(dict(run.changes))
+    for run in runs:
         base = METHODS[run.method].base
         if base and not (run_folder(root, settings, task, seed, base) / "train.json").exists():
             raise FileNotFoundError(f"{run.method} starts from {base} of {task}, seed {seed}: train {base} first")
@@ -577,6 +593,8 @@ def _train_run(settings, task, seed, run, root, key):
     "The work of one run: (facts, files written)."
     method, folder = METHODS[run.method], run_folder(root, settings, task, seed, run.name)
     facts = {"method": run.method, "changes": dict(run.changes)}
+    shutil.rmtree(folder / "model", ignore_errors=True)  # of another key, which a run that diverges would leave in place
+    (folder / "predictions_validation.parquet").unlink(missing_ok=True)
     if key["base"]["diverged"]:
         return facts | {"diverged": True, "base_diverged": method.base}, []
     if method.kind == "scaled":

@@ -91,6 +91,22 @@ def test_all_unparsed():
     assert (table["accuracy"] == 0).all() and (table["unparsed"] == 1).all() and table["oracle_error"].isna().all()
 
 
+def test_a_label_at_confidence_zero_still_beats_no_label():
+    pool = pd.DataFrame([{"id": i, "candidate": j, "predicted": "A", "confidence": 0.0, "correct": True, "parsed": j == 1}
+                         for i in range(30) for j in range(3)])
+    for rule in ("confidence", "majority", "weighted_vote", "pass"):
+        assert confidence_at_k(pool, 3, rule)["candidate"].eq(1).all(), rule
+
+
+def test_silent_candidates_do_not_vote_together():
+    # Three without a label, one for A: the fallback wrote the same letter for all three.
+    pool = pd.DataFrame([{"id": 0, "candidate": j, "predicted": "B" if j < 3 else "A", "confidence": 0.9 - 0.2 * j, "correct": j < 3,
+                          "parsed": j == 3} for j in range(4)])
+    for rule in ("confidence", "majority", "weighted_vote"):
+        rows = confidence_at_k(pool, 4, rule)
+        assert rows["predicted"].tolist() == ["A"] and not rows["correct"].any(), rule
+
+
 def test_weights_that_differ_by_rounding_are_a_tie():
     # 0.1 + 0.2 > 0.3 in floating point.
     rows = [{"id": i, "candidate": j, "predicted": label, "confidence": c, "correct": label == "A", "parsed": True}
@@ -186,10 +202,12 @@ def test_a_stop_before_the_manifest_leaves_no_pool_that_counts(settings, root, m
 
 
 def test_a_run_that_diverged(settings, root):
+    old = run_folder(root, settings, TASK, 0, "dpo") / "pool_test.parquet"
+    old.write_text("of an earlier training")
     for run in grid(settings, TASK, "dpo"):
         folder = run_folder(root, settings, TASK, 0, run.name)
         (folder / "train.json").write_text(json.dumps({"outputs": {}, "diverged": True}))
-    assert sample_pool(settings, TASK, 0, "dpo", root)["diverged"]
+    assert sample_pool(settings, TASK, 0, "dpo", root)["diverged"] and not old.exists()
     sample_pool(settings, TASK, 0, "sft", root)
     assert read_pool(settings, TASK, 0, "dpo", root) is None
     table = score_pools(settings, root)

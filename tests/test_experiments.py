@@ -1,6 +1,7 @@
 """The experiments beyond the paper's tables, on planted run folders: what is shown, what is skipped, what is refused."""
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from catto.claims import read_claims
 from catto.eval import expected_calibration_error
 from catto.experiments import (
-    RECIPE, REFERENCE, Case, Outcome, cal_dpo_cases, check_gradients, compare, gradient_bound, gradient_cases, read_outcome, recipe_of, recommend,
+    RECIPE, REFERENCE, Case, Outcome, cal_dpo_cases, check_gradients, compare, gradient_bound, gradient_cases, gradient_table, read_outcome, recipe_of, recommend,
     sequence_cases, sweep_cases, sweep_runs, sweep_table, transfer_cases, what_is_missing, write_experiments)
 from catto.methods import METHODS, Run
 from catto.settings import file_hash, load, run_folder
@@ -19,7 +20,7 @@ from catto.settings import file_hash, load, run_folder
 TASKS = ("snli", "anli")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings():
     "Two tasks, two seeds, a sweep of a few runs."
     return replace(load("smoke"), tasks=TASKS, ood_task="mmlu", seeds=(0, 1), sweeps=True, sweep_seeds=(0, 1), sweep_weights=(0.0, 0.1, 1.0),
@@ -69,12 +70,27 @@ def all_cases(settings, root):
     return list(dict.fromkeys([*sweep_cases(settings), *cal_dpo_cases(settings), *gradient_cases(settings), *transfer_cases(settings), *sequence_cases(settings, root)]))
 
 
+@pytest.fixture(scope="module")
+def written(settings, tmp_path_factory):
+    "A root folder with every run of the settings, and what was written from them; not to be changed."
+    root = tmp_path_factory.mktemp("written")
+    for case in all_cases(settings, root):
+        plant(root, case, settings)
+    write_experiments(settings, root)
+    return root
+
+
 @pytest.fixture
-def planted(settings, tmp_path):
-    "A root folder with every run of the settings."
-    for case in all_cases(settings, tmp_path):
-        plant(tmp_path, case, settings)
+def planted(written, tmp_path):
+    "The runs alone, to be changed."
+    shutil.copytree(written / "data", tmp_path / "data", ignore=shutil.ignore_patterns("experiments.json"))
     return tmp_path
+
+
+@pytest.fixture
+def table(written, settings):
+    "The table of the weight sweep."
+    return pd.read_csv(figures(written, settings) / "lambda_sweep.csv")
 
 
 def figures(root, settings):
@@ -102,33 +118,30 @@ def test_a_run_is_what_its_recipe_says_under_other_settings(settings):
         assert METHODS[run.method].options(run.settings(other))["calibration_weight"] == recipe_of(run, other)["weight"]
 
 
-def test_all_parts_are_written(settings, planted):
-    manifest = write_experiments(settings, planted)
+def test_all_parts_are_written(settings, written):
+    manifest = json.loads((written / "data" / "runs" / settings.profile / "experiments.json").read_text())
     names = {Path(name).name for name in manifest["outputs"]}
     assert names == {*(f"{name}.{kind}" for name in ("lambda_sweep", "cal_dpo", "gradients", "transfer", "sequence") for kind in ("csv", "svg")),
                      "lambda_means.csv", "recipe.csv", "recipe.md", "experiments.md"}
-    assert all((figures(planted, settings) / name).is_file() for name in names)
-    assert (planted / "data" / "runs" / settings.profile / "experiments.json").is_file()
+    assert all((figures(written, settings) / name).is_file() for name in names)
     assert not any("not run" in text.lower() or "diverged" in text for text in manifest["parts"].values()), manifest["parts"]
 
 
-def test_numbers_of_the_sweep_are_those_of_the_predictions(settings, planted):
-    write_experiments(settings, planted)
-    table = pd.read_csv(figures(planted, settings) / "lambda_sweep.csv")
+def test_numbers_of_the_sweep_are_those_of_the_predictions(settings, written):
+    table = pd.read_csv(figures(written, settings) / "lambda_sweep.csv")
     assert len(table) == len(sweep_cases(settings))
     for _, row in table.sample(5, random_state=0).iterrows():
-        folder = run_folder(planted, settings, row["task"], row["seed"], row["run"])
+        folder = run_folder(written, settings, row["task"], row["seed"], row["run"])
         for where in ("validation", "test"):
             rows = pd.read_parquet(folder / f"predictions_{where}.parquet")
             assert row[f"{where}_ece"] == pytest.approx(100 * expected_calibration_error(rows["confidence"], rows["correct"], 20), abs=1e-5)
             assert row[f"{where}_accuracy"] == pytest.approx(100 * rows["correct"].mean(), abs=1e-5)
     same = table[(table["form"] == "linear")]
-    assert (same["ece_difference"] == 0).all()  # the very predictions of dpo_matched were planted
+    assert (same["ece_difference"] == 0).all()  # the very predictions of dpo_matched were written
 
 
-def test_the_mean_interval_is_narrower_than_those_of_its_runs(settings, planted):
-    write_experiments(settings, planted)
-    table, means = (pd.read_csv(figures(planted, settings) / f"lambda_{name}.csv").set_index(RECIPE).sort_index() for name in ("sweep", "means"))
+def test_the_mean_interval_is_narrower_than_those_of_its_runs(settings, written):
+    table, means = (pd.read_csv(figures(written, settings) / f"lambda_{name}.csv").set_index(RECIPE).sort_index() for name in ("sweep", "means"))
     recipe = ("bce", "label", 1.0, 0.1)
     whole, each = means.loc[recipe], table.loc[recipe]
     assert whole["ece_difference"] == pytest.approx(each["ece_difference"].mean(), abs=1e-5)
@@ -136,12 +149,10 @@ def test_the_mean_interval_is_narrower_than_those_of_its_runs(settings, planted)
     assert whole["ece_high"] < -5 and (whole["runs"], whole["of"]) == (4, 4)
 
 
-def test_the_recipe_is_chosen_on_validation(settings, planted):
-    write_experiments(settings, planted)
-    recipe = pd.read_csv(figures(planted, settings) / "recipe.csv")
+def test_the_recipe_is_chosen_on_validation(settings, written, table):
+    recipe = pd.read_csv(figures(written, settings) / "recipe.csv")
     assert recipe["recommended"].tolist() == [True] + [False] * (len(recipe) - 1)
     assert recipe.loc[0, RECIPE[:3]].tolist() == ["bce", "label", 1.0]
-    table = pd.read_csv(figures(planted, settings) / "lambda_sweep.csv")
     worse = table.assign(test_ece=99.0, test_accuracy=1.0, ece_low=99.0, ece_high=99.0)
     assert recommend(worse)["recommended"].tolist() == recommend(table)["recommended"].tolist()
     assert recommend(worse)[RECIPE].equals(recommend(table)[RECIPE])
@@ -151,24 +162,19 @@ def test_the_recipe_is_chosen_on_validation(settings, planted):
 
 
 @pytest.mark.parametrize("cost, chosen", [(0.9, True), (1.1, False)])
-def test_a_recipe_may_cost_one_point(settings, planted, cost, chosen):
-    write_experiments(settings, planted)
-    table = pd.read_csv(figures(planted, settings) / "lambda_sweep.csv")
+def test_a_recipe_may_cost_one_point(table, cost, chosen):
     calibrated = (table["form"] == "bce") & (table["tokens"] == "label") & (table["scale"] == 1)
     table["validation_accuracy"] -= cost * calibrated
     assert bool(recommend(table).loc[0, "recommended"]) == chosen
 
 
-def test_the_printed_form_is_never_recommended(settings, planted):
-    write_experiments(settings, planted)
-    table = pd.read_csv(figures(planted, settings) / "lambda_sweep.csv")
+def test_the_printed_form_is_never_recommended(table):
     best = table.assign(validation_ece=table["validation_ece"].mask(table["form"] == "linear", 0.0))
     assert recommend(best).loc[0, "form"] == "bce"
 
 
-def test_transfer_numbers(settings, planted):
-    write_experiments(settings, planted)
-    table = pd.read_csv(figures(planted, settings) / "transfer.csv").set_index(["trained_on", "tested_on", "method"]).sort_index()
+def test_transfer_numbers(settings, written):
+    table = pd.read_csv(figures(written, settings) / "transfer.csv").set_index(["trained_on", "tested_on", "method"]).sort_index()
     assert len(table) == 3 * 3 * 4 and (table["seeds"] == 2).all() and (table["state"] == "done").all()
     home, away = (table.loc[("snli", task, "dpo_catto_label")] for task in ("snli", "anli"))
     assert home["ece_high_dpo_matched"] < away["ece_high_dpo_matched"] < 0
@@ -191,7 +197,7 @@ def test_a_seed_that_the_run_has_not_is_not_swept(settings):
     assert {case.seed for case in sweep_cases(replace(settings, seeds=(1, 2)))} == {1}
 
 
-def test_diverged_runs_are_shown_and_stop_nothing(settings, planted):
+def test_diverged_runs_are_shown_and_stop_nothing(settings, written, planted):
     lost = Run("dpo_catto", {"calibration_form": "bce", "calibration_tokens": "label"})
     assert lost in sweep_runs(settings)
     for run in (lost, Run("cal_dpo_ipo"), Run("rcft")):
@@ -210,6 +216,8 @@ def test_diverged_runs_are_shown_and_stop_nothing(settings, planted):
         assert "diverged, such as" in manifest["parts"][part]
     for name in ("lambda_sweep", "cal_dpo", "transfer", "sequence"):
         assert "diverged" in (figures(planted, settings) / f"{name}.csv").read_text()
+    # The manifest of one run is another, so all is written again.
+    assert manifest["key"] != json.loads((written / "data" / "runs" / settings.profile / "experiments.json").read_text())["key"]
 
 
 def test_missing_runs_are_counted_and_named(settings, planted):
@@ -248,20 +256,13 @@ def test_a_damaged_file_is_named(settings, tmp_path, how, name):
         read_outcome(settings, case, tmp_path, name)
 
 
-def test_the_same_runs_give_the_same_files_and_are_not_done_twice(settings, planted):
-    manifest = write_experiments(settings, planted)
-    assert write_experiments(settings, planted)["seconds"] == manifest["seconds"]
-    (planted / "data" / "runs" / settings.profile / "experiments.json").unlink()
+def test_the_same_runs_give_the_same_files_and_are_not_done_twice(settings, written, planted):
+    manifest = json.loads((written / "data" / "runs" / settings.profile / "experiments.json").read_text())
+    assert write_experiments(settings, written)["seconds"] == manifest["seconds"]
     again = write_experiments(settings, planted)
     assert again["outputs"] == manifest["outputs"]
-    plant(planted, Case("snli", 0, Run("rcft")), settings, diverged=True)  # one run is another
-    assert write_experiments(settings, planted)["outputs"] != manifest["outputs"]
-
-
-def test_a_damaged_figure_is_made_again(settings, planted):
-    manifest = write_experiments(settings, planted)
     (figures(planted, settings) / "sequence.svg").write_text("")
-    assert write_experiments(settings, planted)["outputs"] == manifest["outputs"]
+    assert write_experiments(settings, planted)["outputs"] == manifest["outputs"]  # the damaged figure is made again
     assert (figures(planted, settings) / "sequence.svg").stat().st_size > 1000
 
 
@@ -271,9 +272,8 @@ def test_the_sharper_bound_is_the_one_of_the_claims():
 
 
 @pytest.mark.parametrize("form, scale, broken", [("linear", 1.0, True), ("linear", 2.0, False), ("bce", 1.0, False)])
-def test_the_bound_is_asserted_for_the_printed_form_alone(settings, planted, form, scale, broken):
+def test_the_bound_is_asserted_for_the_printed_form_alone(settings, form, scale, broken):
     case = Case("snli", 1, Run("dpo_catto", {"calibration_form": form, "surrogate_scale": scale} if (form, scale) != ("linear", 1.0) else {}))
-    from catto.experiments import gradient_table
     log = Outcome("done", pd.DataFrame({"step": [1, 2], "calibration/largest_gradient": [gradient_bound() + 2e-6, 0.0]}))
     table = gradient_table({case: log}, settings)
     assert bool(table["sharper_bound"].notna().item()) == broken
@@ -285,9 +285,8 @@ def test_the_bound_is_asserted_for_the_printed_form_alone(settings, planted, for
         assert check_gradients(table) == 0
 
 
-def test_rewards_are_log_ratios_over_their_beta(settings, planted):
-    write_experiments(settings, planted)
-    table = pd.read_csv(figures(planted, settings) / "cal_dpo.csv").set_index("run")
+def test_rewards_are_log_ratios_over_their_beta(settings, written):
+    table = pd.read_csv(figures(written, settings) / "cal_dpo.csv").set_index("run")
     last = {run: rows["chosen_log_ratio"].unique().tolist() for run, rows in table.groupby(level=0)}
     assert last["cal_dpo"] == [2.5] and last["cal_dpo@beta=0.5"] == [0.5]
     assert table.loc["cal_dpo@beta=0.5", "chosen_over_goal"].unique().tolist() == [0.5]

@@ -1,6 +1,5 @@
 """Label smoothing and RCFT on small random models: what they take from TRL, what they add to its loss, and what survives a stop."""
 import dataclasses
-import functools
 import inspect
 import json
 import warnings
@@ -28,7 +27,8 @@ RIGHT = np.array([9, 9, 8, 7, 6, 5, 4, 3, 2, 1])  # of ten answers in each bin, 
 
 @pytest.fixture(scope="module")
 def settings(repo):
-    return load("smoke", file=repo / "settings.ini", hidden_size=16, hidden_layers=1, attention_heads=2, key_value_heads=1, mlp_size=32)
+    small = dict(hidden_size=16, hidden_layers=1, attention_heads=2, key_value_heads=1, mlp_size=32)
+    return load("smoke", file=repo / "settings.ini", **small)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,8 @@ def every_bin(model):
 
 def of_the_weights(model):
     "A calibration whose accuracies depend on the weights."
-    share = float(model.get_input_embeddings().weight.abs().sum().sin() ** 2)
-    confidence, _ = every_bin(model)
-    return confidence, np.tile(np.arange(10) < 10 * share, 10)
+    share = float(model.get_input_embeddings().weight.double().sum().sin() ** 2)
+    return np.repeat(np.arange(10) / 10 + 0.05, 100), np.tile(np.arange(100) < 100 * share, 10)
 
 
 @pytest.fixture
@@ -231,12 +230,9 @@ def test_one_pass(make):
 
 def test_padding_on_either_side_does_not_matter(make):
     trainer = make(RCFTTrainer)
-    batch = batch_of(trainer)
-    # the shortest row alone has no padding; in the batch it is padded on the right; here on the left
-    short = int(batch["attention_mask"].sum(1).argmin())
-    alone = batch_of(trainer, [short])
-    left = {k: torch.nn.functional.pad(v, (3, 0), value=-100 if k == "labels" else 0) if v.shape == alone["input_ids"].shape else v for k, v in alone.items()}
-    right = {k: torch.nn.functional.pad(v, (0, 3), value=-100 if k == "labels" else 0) if v.shape == alone["input_ids"].shape else v for k, v in alone.items()}
+    alone = batch_of(trainer, [0])
+    tokens = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    left, right = ({**alone, **{k: torch.nn.functional.pad(alone[k], sides, value=v) for k, v in tokens.items()}} for sides in ((3, 0), (0, 3)))
     assert left["attention_mask"][0, 0] == 0 and left["label_place"].equal(alone["label_place"])
     assert loss_of(trainer, right).item() == pytest.approx(loss_of(trainer, alone).item(), rel=1e-5)
     place, ids, mask = left["label_place"], left["option_ids"], left["attention_mask"]
@@ -346,7 +342,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make, tmp_path, stop
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["stateful_callbacks"]["RCFT"] = []
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    forgot = trained(make(RCFTTrainer, seed=1, **options), resume_from_checkpoint=str(checkpoint))
+    forgetful = make(RCFTTrainer, seed=1, **options)
+    forgot = trained(forgetful, resume_from_checkpoint=str(checkpoint))
+    assert forgetful.estimates[0]["step"] == stop
     assert torch.equal(forgot, weights) == (stop == 4)
 
 
@@ -358,7 +356,8 @@ def test_evaluation_has_the_penalty_too(make):
 
 
 def test_lora(make):
-    trainer = make(RCFTTrainer, trainer=dict(peft_config=LoraConfig(target_modules=["q_proj"], r=2), calibration=every_bin), label_smoothing=0.1)
+    lora = LoraConfig(target_modules=["q_proj"], r=2)
+    trainer = make(RCFTTrainer, trainer=dict(peft_config=lora, calibration=every_bin), label_smoothing=0.1)
     plain = make(RCFTTrainer, label_smoothing=0.1)
     assert loss_of(trainer).item() == pytest.approx(loss_of(plain).item(), rel=1e-5)  # an untrained adapter changes nothing
     head = trainer.model.get_base_model().lm_head.weight.clone()
@@ -369,9 +368,10 @@ def test_lora(make):
 def test_questions_of_the_mini_world(make, settings, tokenizer):
     questions = load_questions("snli", split="train", n=12)
     teacher = SamplingTeacher()
-    data, _ = build_sft(questions, [teacher.respond(question, 0.1) for question in questions])
+    data, _ = build_sft(questions, [teacher.respond(question, 0, temperature=0.1) for question in questions])
     calibration = greedy_calibration(load_questions("snli", split="validation", n=6), tokenizer, 3, 8)
-    trainer = make(RCFTTrainer, data, options=sorted(questions[0]["options"]), trainer=dict(calibration=calibration), max_length=settings.context_tokens)
+    trainer = make(RCFTTrainer, data, options=sorted(questions[0]["options"]), trainer=dict(calibration=calibration),
+                   max_length=settings.context_tokens)
     assert (torch.tensor(trainer.train_dataset["label_place"]) > 0).all()
     assert {tuple(ids) for ids in trainer.train_dataset["option_ids"]} == {
         tuple(tokenizer.encode(" " + option)[0] for option in sorted(questions[0]["options"]))}

@@ -23,6 +23,7 @@ from catto import train
 from catto.data import ANSWER_PREFIX, SamplingTeacher, build_preferences, build_sft, load_questions
 from catto.eval import load_model
 from catto.loss import FORMS, catto_loss, dpo_loss, reward_calibration_loss
+from catto.methods import METHODS
 from catto.settings import load
 from catto.surrogate import TokenProbs, correctness_surrogate, token_probs
 from catto.train import CATTOConfig, CATTOTrainer, _fused_output, build_model, fit_context, mini_tokenizer, train_method
@@ -281,7 +282,9 @@ def test_trls_metrics_do_not_depend_on_the_other_terms(make, weight, reward_weig
     batch = batch_of(ours)
     for trainer in (ours, plain):
         trainer.compute_loss(trainer.model, batch)
-    assert plain._metrics["train"].keys() == {k for k in ours._metrics["train"] if not k.startswith("calibration/")}
+    added = {f"calibration/{name}" for name in ("loss", "confidence", "surrogate", "largest_gradient")} if weight or reward_weight else set()
+    added |= {"reward_calibration/inside"} if reward_weight else set()
+    assert ours._metrics["train"].keys() - plain._metrics["train"].keys() == added
     for name, values in plain._metrics["train"].items():
         assert ours._metrics["train"][name] == pytest.approx(values, abs=1e-5), name
 
@@ -738,6 +741,16 @@ def stopped(world, folder, method, step=11):
     return sorted(int(p.name.split("-")[1]) for p in (folder / "checkpoints").glob("checkpoint-*"))
 
 
+def steady(facts):
+    "The facts that do not depend on when and in how many pieces a run was made."
+    return {name: value for name, value in facts.items() if name not in ("train_seconds", "resumed")}
+
+
+def assert_resumed(facts, expected):
+    assert (expected["resumed"], facts["resumed"]) == (False, True)
+    assert steady(facts) == steady(expected)
+
+
 def assert_same(files, expected):
     assert files.keys() == expected.keys()
     different = [name for name in files if files[name] != expected[name]]
@@ -750,7 +763,7 @@ def test_resumed_equals_uninterrupted(world, uninterrupted, tmp_path, method):
     assert stopped(world, tmp_path, method) == [4, 8]
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, facts["steps"] - 8 + 1)  # it must not begin anew
-        assert run(world, tmp_path, method)[1] == facts
+        assert_resumed(run(world, tmp_path, method)[1], facts)
     assert_same(left_behind(tmp_path), files)
 
 
@@ -761,7 +774,7 @@ def test_resuming_a_run_that_had_only_to_select(world, uninterrupted, tmp_path, 
         with pytest.raises(Stopped):
             run(world, tmp_path, "dpo_catto")
     stop_at(monkeypatch, 1)
-    assert run(world, tmp_path, "dpo_catto")[1] == facts
+    assert_resumed(run(world, tmp_path, "dpo_catto")[1], facts)
     assert_same(left_behind(tmp_path), files)
 
 
@@ -804,7 +817,7 @@ def test_a_damaged_checkpoint_does_not_break_the_resume(world, stopped_run, unin
     facts, files = uninterrupted["dpo_catto"]
     folder = shutil.copytree(stopped_run, tmp_path / "run")
     DAMAGE[damage](folder / "checkpoints" / "checkpoint-8")
-    assert run(world, folder, "dpo_catto")[1] == facts
+    assert steady(run(world, folder, "dpo_catto")[1]) == steady(facts)
     assert_same(left_behind(folder), files)
 
 
@@ -813,7 +826,7 @@ def test_a_damaged_earlier_checkpoint_still_takes_part_in_the_selection(world, s
     facts, files = uninterrupted["dpo_catto"]
     folder = shutil.copytree(stopped_run, tmp_path / "run")
     truncate(folder / "checkpoints" / "checkpoint-4" / "model.safetensors")
-    assert run(world, folder, "dpo_catto")[1] == facts
+    assert steady(run(world, folder, "dpo_catto")[1]) == steady(facts)
     assert_same(left_behind(folder), files)
 
 
@@ -831,11 +844,11 @@ def test_the_seed_decides_everything(world, uninterrupted, tmp_path):
 @pytest.mark.parametrize("every_pair", [True, False])
 def test_the_seed_draws_the_pairs_and_their_order(world, tmp_path, every_pair):
     "The order also where all pairs are taken, so that the draw does not hide it."
-    quick, rows, _, base = world
-    recipe = dataclasses.replace(train.PREFERENCE_METHODS["dpo_catto"](quick), pairs=None if every_pair else 24)
+    quick, rows, validation, base = world
+    method = "dpo" if every_pair else "dpo_catto"
     drawn, first = {}, {}
     for seed in (0, 1):
-        trainer = train._preference_trainer(quick, rows["dpo_catto"], seed, tmp_path, load_model(base), recipe)
+        trainer = train._preference_trainer(quick, method, rows["dpo_catto"], seed, tmp_path, load_model(base), validation)
         drawn[seed] = sorted(trainer.train_dataset["prompt"])
         transformers.set_seed(3)  # the order comes from the trainer's own arguments
         first[seed] = next(iter(trainer.get_train_dataloader()))["input_ids"].tolist()
@@ -857,10 +870,14 @@ def test_what_a_run_reports(uninterrupted):
 
 def test_unknown_method_and_missing_base(world, tmp_path):
     quick, rows, validation, base = world
-    with pytest.raises(ValueError, match="unknown method 'ppo': accepted are sft, dpo, dpo_matched, dpo_catto"):
+    with pytest.raises(ValueError, match=f"unknown method 'ppo': accepted are {', '.join(METHODS)}"):
         train_method(quick, rows["sft"], "ppo", 0, folder=tmp_path, validation=validation)
-    with pytest.raises(ValueError, match="'dpo' starts from an SFT model: give base="):
+    with pytest.raises(ValueError, match="'dpo' starts from a trained model: give base=<the folder of sft>"):
         train_method(quick, rows["dpo_catto"], "dpo", 0, folder=tmp_path, validation=validation)
+    with pytest.raises(ValueError, match="'rcft' starts from a trained model: give base=<the folder of dpo>"):
+        train_method(quick, rows["sft"], "rcft", 0, folder=tmp_path, validation=validation)
+    with pytest.raises(ValueError, match="'sft_ts' is not trained: it is sft with a temperature"):
+        train_method(quick, rows["sft"], "sft_ts", 0, folder=tmp_path, validation=validation, base=base)
     with pytest.raises(FileNotFoundError, match="model folder .*nowhere' does not exist"):
         train_method(quick, rows["dpo_catto"], "dpo", 0, folder=tmp_path, validation=validation, base=tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -877,6 +894,20 @@ def test_too_small_a_context(world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("log", [False, True], ids=["TRL's own step", "with calibration logged"])
+def test_logging_calibration_trains_the_same_model(make, log):
+    "dpo and dpo_matched are trained with `log_calibration`: what is measured must not move the weights."
+    ends = []
+    for cls, options in ((DPOTrainer, {}), (CATTOTrainer, {"calibration_weight": 0.0, "log_calibration": log})):
+        trainer = make(cls, max_steps=3, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, logging_steps=1, sharp=5, **options)
+        start = weights(trainer.model)
+        trainer.train()
+        ends.append(weights(trainer.model))
+        logged = {key for row in trainer.state.log_history for key in row if key.startswith("calibration/")}
+    assert largest_difference(*ends) < 1e-6 < 1e-3 < largest_difference(start, ends[0])
+    assert len(logged) == (4 if log else 0)
+
+
 @pytest.mark.parametrize("wrong, message", [
     (dict(calibration_form="huber"), "calibration_form = 'huber': accepted are linear, l1, bce, brier"),
     (dict(calibration_tokens="some"), "calibration_tokens = 'some': accepted are all, label"),
@@ -887,6 +918,8 @@ def test_too_small_a_context(world, tmp_path):
     (dict(reward_calibration_weight=math.inf), "reward_calibration_weight = inf"),
     (dict(surrogate_scale=0.0), "surrogate_scale = 0.0"),
     (dict(surrogate_scale=math.inf), "surrogate_scale = inf"),
+    (dict(reward_goal=0.0), "reward_goal = 0.0"),
+    (dict(reward_goal=math.nan), "reward_goal = nan"),
     (dict(answer_prefix=""), "answer_prefix = ''"),
 ])
 def test_config_refuses(tmp_path, wrong, message):

@@ -5,15 +5,22 @@ import pandas as pd
 import pytest
 
 from catto.data import TASKS, load_questions
-from catto.report import findings, overview_markdown
+from catto.report import findings_markdown, headline, results_markdown, signature_lines
 from catto.settings import load
 
 MINI = load("mini")
 
 
 @pytest.fixture(scope="module")
-def scores(repo):
-    return pd.read_csv(repo / "figures" / "mini" / "scores.csv")
+def mini(repo):
+    return repo / "figures" / "mini"
+
+
+@pytest.fixture(scope="module")
+def scores(mini):
+    "Runs trained and tested on the same task."
+    scores = pd.read_csv(mini / "scores.csv")
+    return scores[scores["trained_on"] == scores["task"]]
 
 
 def mean(scores, task, method, column):
@@ -28,7 +35,7 @@ def test_sft_learns_the_world_and_stays_below_the_bayes_accuracy(scores, task):
         questions = load_questions(task, split="test", seed=seed, n=MINI.test_questions)
         bayes = sum(max(q["posterior"]) for q in questions) / len(questions)
         rows = scores[(scores["task"] == task) & (scores["method"] == "sft") & (scores["seed"] == seed)]
-        assert rows["bayes"].item() == pytest.approx(bayes, abs=1e-6)  # the table's column is the questions' own
+        assert rows["bayes"].item() == pytest.approx(bayes, abs=1e-5)  # the table's column is the questions' own
     assert accuracy < mean(scores, task, "sft", "bayes")
 
 
@@ -37,17 +44,33 @@ def test_dpo_has_a_higher_ece_than_sft_on_at_least_four_of_five_tasks(scores):
     assert len(MINI.tasks) == 5 and len(higher) >= 4, higher
 
 
-def test_committed_results_are_those_of_the_profile(scores):
-    assert set(zip(scores["task"], scores["method"], scores["seed"])) == {
-        (t, m, s) for t in MINI.tasks for m in MINI.methods for s in MINI.seeds}
-    assert (scores["n"] == MINI.test_questions).all() and (scores["n_bins"] == MINI.ece_bins).all()
+def test_committed_results_are_those_of_the_profile(scores, mini):
+    every = pd.read_csv(mini / "scores.csv")
+    seeds = set(every["seed"])
+    assert seeds >= set(MINI.seeds) and seeds == set(range(len(seeds)))  # none is picked out
+    gone = pd.read_csv(mini / "signatures.csv").query("signature == 'diverged'")
+    expected = {(trained, tested, m, s) for m in MINI.methods for s in seeds for trained, tested in
+                [*((t, t) for t in MINI.tasks), *((MINI.ood_task, t) for t in MINI.tasks if MINI.ood_task)]}
+    expected -= {row for row in expected if ((gone["trained_on"] == row[0]) & (gone["method"] == row[2]) & (gone["seed"] == row[3])).any()}
+    assert set(zip(every["trained_on"], every["task"], every["method"], every["seed"])) == expected
+    assert (every["n"] == MINI.test_questions).all() and (every["n_bins"] == MINI.ece_bins).all()
 
 
-def test_readme_shows_the_committed_results(repo):
-    readme, mini = (repo / "README.md").read_text(encoding="utf-8"), repo / "figures" / "mini"
-    table, contrasts = (pd.read_csv(mini / name) for name in ("table01.csv", "contrasts.csv"))
-    assert overview_markdown(table, contrasts) in readme
-    assert findings(table, contrasts) in readme
+def test_every_table_and_figure_of_the_study_is_there(mini):
+    expected = {f"table{n:02d}.{e}" for n in range(1, 13) for e in ("csv", "md")} | {f"{n}_{t}.svg" for n in ("reliability", "figure1") for t in MINI.tasks}
+    assert not (expected | {"overview.svg", "findings.csv", "findings.md", "signatures.csv", "signatures.md"}) - {path.name for path in mini.iterdir()}
+
+
+def test_readme_shows_the_committed_results(repo, mini):
+    readme = (repo / "README.md").read_text(encoding="utf-8")
+    table, contrasts, judged = (pd.read_csv(mini / name) for name in ("table01.csv", "contrasts.csv", "findings.csv"))
+    assert results_markdown(table, contrasts) in readme
+    assert headline(contrasts, judged) in readme and findings_markdown(judged) in readme
+
+
+def test_texts_follow_from_their_tables(mini):
+    assert (mini / "signatures.md").read_text() == signature_lines(pd.read_csv(mini / "signatures.csv")) + "\n"
+    assert (mini / "findings.md").read_text().count("\n") == findings_markdown(pd.read_csv(mini / "findings.csv")).count("\n") + 1
 
 
 def test_readme_links_lead_somewhere(repo):
