@@ -104,9 +104,16 @@ onerror:
 
 
 rule all:
-    input:
+    input:  # every step by name: one that is missing is made again even where the tables that came of it are there
+        grid(data, part=parts),
+        grid(train, task=trained),
+        grid(evaluation, part=parts),
+        grid(pool, part=pool_parts, group=sampled),
+        grid(sweep, task=settings.tasks),
         f"{runs}/report.json",
         f"{runs}/experiments.json",
+    message:
+        f"all steps of profile {settings.profile} are done"
 
 
 rule report:
@@ -131,7 +138,7 @@ rule report:
 rule experiments:
     input:
         grid(evaluation, part=parts),
-        expand(sweep, task=settings.tasks, seed=settings.seeds),
+        grid(sweep, task=settings.tasks),
         notebook="nbs/07_experiments.ipynb",
         package=package("experiments"),
     output:

@@ -14,8 +14,8 @@ import pytest
 from catto.confidence import score_pool
 from catto.eval import expected_calibration_error
 from catto.methods import METHODS, grid
-from catto.report import (CLAIMS, GOALS, RATE_TABLES, Claim, claimed_pairs, compute_results, goals, load_runs, results_markdown, rule_of, update_readme,
-                          verdicts, write_report)
+from catto.report import (CLAIMS, GOALS, RATE_TABLES, Claim, claimed_pairs, compute_results, goals, headline, load_runs, results_markdown,
+                          rule_of, update_readme, verdicts, write_report)
 from catto.settings import file_hash, load, run_folder
 
 SHIFTS = {"sft": 0.10, "sft_ls": 0.06, "sft_ts": 0.05, "sft_ts_greedy": 0.04, "dpo": 0.20, "dpo_matched": 0.18, "rcft": 0.12, "dpo_bce": 0.15,
@@ -42,12 +42,12 @@ class World:
         keys = [(trained_on, method, seed), (trained_on, method, None), (None, method, seed), (None, method, None)]
         return next((table[key] for key in keys if key in table), default)
 
-    def answers(self, trained_on, tested, method, seed, candidates=1):
+    def answers(self, trained_on, tested, method, seed, candidates=1, run=None):
         n = self.settings.test_questions
         rng = np.random.default_rng([seed, sum(map(ord, tested))])
         p, u = rng.uniform(0.4, 0.75, n), rng.random(n)
         truth = np.clip(p + self.of("lift", trained_on, method, seed, 0.0), 0, 1)
-        confidence = np.clip(truth + self.of("shift", trained_on, method, seed, SHIFTS[method]), 0, 1)
+        confidence = np.clip(truth + self.of("shift", trained_on, run or method, seed, SHIFTS[method]), 0, 1)
         rows = pd.DataFrame({"id": [f"{tested}-{seed}-{i}" for i in range(n)], "task": tested, "candidate": 0, "label": "A", "predicted": "A", "confidence": confidence,
                              "correct": u < truth, "parsed": True, "p_correct": truth, "bayes": 0.8, "mean_log_prob": -0.5, "temperature": 1.0, "text": "x"})
         if candidates > 1:
@@ -72,7 +72,7 @@ class World:
                  "diverged": diverged, **self.of("facts", trained_on, run.name, seed, {})}
         (folder / "train.json").write_text(json.dumps(facts))
 
-    def make(self, tasks=None, pools=True):
+    def make(self, tasks=None, pools=True, every_rate=False):
         s = self.settings
         for trained_on in tasks or (*s.tasks, *filter(None, [s.ood_task])):
             for seed in s.seeds:
@@ -83,12 +83,12 @@ class World:
                         folder.mkdir(parents=True, exist_ok=True)
                         if METHODS[method].kind != "scaled":
                             self.train(folder, run, trained_on, seed, diverged)
-                    folder = run_folder(self.root, s, trained_on, seed, method)
-                    self.results(folder, trained_on, method, seed, diverged, pools)
+                        if run.name == method or every_rate:
+                            self.results(folder, trained_on, run.name, seed, diverged, pools)
         return self
 
-    def results(self, folder, trained_on, method, seed, diverged, pools):
-        s = self.settings
+    def results(self, folder, trained_on, run, seed, diverged, pools):
+        s, method = self.settings, run.partition("@")[0]
         files = [(f"eval_{t}.json", f"predictions_test_{t}.parquet", t, 1) for t in s.tasks] if trained_on == s.ood_task else [
             ("eval.json", "predictions_test.parquet", trained_on, 1)]
         if pools and trained_on != s.ood_task and METHODS[method].kind != "scaled":
@@ -97,7 +97,7 @@ class World:
             if diverged:
                 (folder / manifest).write_text(json.dumps({"key": "k", "diverged": True, "outputs": {}}))
             else:
-                self.write(folder, manifest, name, self.answers(trained_on, tested, method, seed, candidates))
+                self.write(folder, manifest, name, self.answers(trained_on, tested, method, seed, candidates, run))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def table(figures, number):
 def test_every_table_and_figure_is_written(study):
     settings, _, figures, manifest = study
     expected = {f"table{n:02d}.{e}" for n in range(1, 13) for e in ("csv", "md")} | {f"{n}_{t}.svg" for n in ("reliability", "figure1") for t in settings.tasks}
-    expected |= {"overview.svg", "scores.csv", "contrasts.csv", "findings.csv", "findings.md", "signatures.csv", "signatures.md"}
+    expected |= {"overview.svg", "scores.csv", "contrasts.csv", "findings.csv", "findings.md", "signatures.csv", "signatures.md", "same_rate.csv", "same_rate.md"}
     assert {path.name for path in figures.iterdir()} == expected == {Path(name).name for name in manifest["outputs"]}
     assert (manifest["runs"], manifest["missing"], manifest["diverged"]) == (14 * 4 * 2, 0, 0)
 
@@ -301,6 +301,109 @@ def test_goals_can_fail(goal, broken, expected):
     assert judge(flipped)[goal] == "not met"
 
 
+# At one learning rate ---------------------------------------------------------------------------------------------------
+
+SMALL = "@preference_learning_rate=1e-05"
+TWO_RATES = {"methods": "sft dpo dpo_matched dpo_catto dpo_catto_label", "preference_learning_rates": "1e-4 1e-5", "test_questions": 400}
+
+
+def two_rates(root, **words):
+    """Validation takes the small rate of DPO and of the label loss, whose models hardly leave SFT (0.10): by it DPO is no surer than SFT and the label
+    loss no better than DPO on its budget (0.18, at the shared rate). At the shared rate DPO is at 0.20 and the label loss at 0.02."""
+    settings = planted(**{**TWO_RATES, **words})
+    facts = {(None, m + SMALL, None): {"validation_ece": 0.001} for m in ("dpo", "dpo_catto_label")}
+    world = World(root, settings, facts=facts, shift={(None, "dpo" + SMALL, None): 0.10, (None, "dpo_catto_label" + SMALL, None): 0.18})
+    return settings, world.make(pools=False, every_rate=True)
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory):
+    root = tmp_path_factory.mktemp("rates")
+    settings, world = two_rates(root)
+    write_report(settings, root)
+    return settings, world, root / "figures" / "mini"
+
+
+def test_every_method_at_one_rate_beside_the_rate_of_validation(rates):
+    settings, world, figures = rates
+    main, same = table(figures, 1).set_index(["task", "method", "metric"]), pd.read_csv(figures / "same_rate.csv").set_index(["task", "method", "metric"])
+    for task in settings.tasks:
+        for view, run in ((main, "dpo" + SMALL), (same, "dpo")):
+            answers = [world.answers(task, task, "dpo", seed, run=run) for seed in settings.seeds]
+            eces = [100 * expected_calibration_error(a["confidence"].to_numpy(), a["correct"].to_numpy(), settings.ece_bins) for a in answers]
+            assert view.loc[(task, "dpo", "ece"), ["mean", "sd"]].tolist() == pytest.approx([np.mean(eces), np.std(eces, ddof=1)], abs=1e-3)
+        row = same.loc[task, "dpo", "oracle_error"]
+        assert row["minus_sft"] == pytest.approx(10, abs=0.3) and row["minus_dpo_matched"] == pytest.approx(2, abs=0.3) and row["minus_sft_low"] > 0
+        assert row[["learning_rate", "table1_rate", "seeds", "n"]].tolist() == [1e-4, 1e-5, 2, 400]
+        # What has one rate, or was chosen at the shared one, is the same run in both.
+        for method in ("sft", "dpo_matched", "dpo_catto"):
+            assert same.loc[(task, method, "ece"), "mean"] == main.loc[(task, method, "ece"), "mean"]
+    assert set(same.index.get_level_values("method")) == set(settings.methods) and np.isnan(same.loc[("snli", "sft", "ece"), "table1_rate"])
+    text = (figures / "same_rate.md").read_text()
+    assert "learning rate 0.0001" in text and "nearer to SFT" in text and "| `dpo` | 1e-05 | 1e-05 |" in text and "nan" not in text and "Not in the means" not in text
+    assert set(same["trained_on"]) == set(settings.tasks)  # out of distribution there is one rate as it stands
+
+
+def test_second_lines_are_judged_at_one_rate_by_the_same_rules(rates):
+    found = pd.read_csv(rates[2] / "findings.csv")
+    by, again = found.set_index("id"), [i for i in found["id"] if i.endswith("-same-rate")]
+    assert again == [f"{i}-same-rate" for i in ("dpo-accuracy", "dpo-ece", "catto-closer-matched", "catto-ece-matched", "catto-accuracy-matched",
+                                                "goal-ece", "goal-accuracy", "goal-oracle")]
+    for name in again:
+        first = by.loc[name.removesuffix("-same-rate")]
+        assert by.loc[name, "rule"] == first["rule"] and by.loc[name, "claim"] == first["claim"] + ", at one learning rate"
+        assert list(found["id"]).index(name) == list(found["id"]).index(first.name) + 1  # one line below
+    assert by.loc[["dpo-ece", "dpo-ece-same-rate"], "verdict"].tolist() == ["not reproduced", "reproduced"]
+    assert by.loc[["goal-ece", "goal-ece-same-rate"], "verdict"].tolist() == ["not met", "met"]
+    assert by.loc[["catto-ece-matched", "catto-ece-matched-same-rate"], "verdict"].tolist() == ["not reproduced"] * 2
+    text = (rates[2] / "findings.md").read_text()
+    assert "most benchmarks, at one learning rate (4.2, Table 1) | **reproduced**" in text and "every task, at one learning rate | **met**" in text
+
+
+def test_readme_counts_claims_by_the_papers_rule(rates):
+    contrasts, judged, same = (pd.read_csv(rates[2] / f"{name}.csv") for name in ("contrasts", "findings", "same_rate"))
+    main = judged[~judged["id"].str.endswith("-same-rate")]
+    text = headline(contrasts, judged, same)
+    sentence = text[text.index("With every method"):].partition(". The paper")[0]
+    assert text.replace(sentence + ". ", "") == headline(contrasts, main) and len(main) < len(judged)
+    rows = same[(same["metric"] == "ece") & (same["method"] == "dpo")]
+    assert f"DPO against SFT {rows['minus_sft'].min():+.1f} to {rows['minus_sft'].max():+.1f} points of ECE (interval below 0 on 0 and above 0 on 2 of 2 tasks)" in sentence
+    assert "the label loss against its control -" in sentence and sentence.endswith("(interval below 0 on 2 and above 0 on 0 of 2 tasks)")
+    plain, lines = results_markdown(table(rates[2], 1), contrasts), results_markdown(table(rates[2], 1), contrasts, same)
+    assert lines.startswith(plain) and lines.count("| *one rate*,") == 4 and "validation chose, as in the paper" in lines
+    assert max(map(len, lines.splitlines()[:-1])) < 150
+
+
+def test_what_is_missing_or_damaged_at_the_shared_rate_is_named(tmp_path):
+    settings, _ = two_rates(tmp_path, tasks="snli", ood_task="", methods="sft dpo dpo_catto_label", test_questions=60)
+    folder = run_folder(tmp_path, settings, "snli", 1, "dpo")
+    whole = (folder / "predictions_test.parquet").read_bytes()
+    (folder / "predictions_test.parquet").write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match=r"1 damaged file:\n.*snli/seed1/dpo/predictions_test.parquet.*run=Run\('dpo'\)\)"):
+        write_report(settings, tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_runs(settings, tmp_path, shared_rate=True)
+    program = re.search(r'python -c "(.*)"$', str(error.value))[1]
+    assert "from catto.methods import Run;" in program and compile(program, "remedy", "exec")
+    assert len(load_runs(settings, tmp_path).predictions) == 3 * 2 * 60  # validation chose another run, which is whole
+    for name in ("eval.json", "predictions_test.parquet"):
+        (folder / name).unlink()
+    write_report(settings, tmp_path)
+    same = pd.read_csv(tmp_path / "figures/mini/same_rate.csv").set_index(["method", "metric"])
+    assert same.loc[("dpo", "ece"), "seeds"] == 1 and same.loc[("sft", "ece"), "seeds"] == 2
+    assert "Missing: `dpo` of snli, seed 1." in (tmp_path / "figures/mini/same_rate.md").read_text()
+    assert "Missing" not in (tmp_path / "figures/mini/table01.md").read_text()
+    for folder in tmp_path.glob("data/runs/mini/snli/seed*"):
+        for name in settings.methods:
+            (folder / name / "eval.json").unlink(missing_ok=True)
+    # sft has one run: now it is missing for both views, and nothing is left at the shared rate.
+    write_report(settings, tmp_path)
+    text = (tmp_path / "figures/mini/same_rate.md").read_text()
+    assert "`dpo` of snli, seed 0, `dpo` of snli, seed 1" in text and text.endswith("No runs.\n")
+    judged = pd.read_csv(tmp_path / "figures/mini/findings.csv").set_index("id")
+    assert judged.loc["dpo-ece-same-rate", "verdict"] == judged.loc["goal-ece-same-rate", "verdict"] == "cannot be tested here"
+
+
 # Failure signatures -----------------------------------------------------------------------------------------------------
 
 def signs(root, settings, **changes):
@@ -461,7 +564,9 @@ def test_update_readme_writes_only_between_its_marks(study, tmp_path):
     update_readme(readme, study[2])
     text = readme.read_text()
     assert text.startswith("top\n") and "\nmiddle\n" in text and text.endswith("end\n") and "stale" not in text
-    assert results_markdown(table(study[2], 1), pd.read_csv(study[2] / "contrasts.csv")) in text
+    contrasts, judged, same = (pd.read_csv(study[2] / f"{name}.csv") for name in ("contrasts", "findings", "same_rate"))
+    assert results_markdown(table(study[2], 1), contrasts, same) in text and headline(contrasts, judged, same) in text
+    assert "| *one rate*, ECE: `dpo` − `sft` |" in text and "With every method at one learning rate (0.0001)" in text
     assert max(len(line) for line in text.splitlines() if line.startswith("| `")) < 140  # narrow enough for a page
     update_readme(readme, study[2])
     assert readme.read_text() == text

@@ -13,7 +13,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "nbs").glob("[0-9]*.ipynb"))
-PIPELINE = {"02_data_gen", "03_train", "04_eval", "06_report"}  # run by papermill, with parameters
+PIPELINE = {"02_data_gen", "03_train", "04_eval", "05_confidence_at_k", "06_report", "07_experiments", "07a_sweep"}  # run by papermill, with parameters
 NOT_OURS = {".git", ".venv", ".snakemake", ".pytest_cache", ".hypothesis", ".ipynb_checkpoints", "__pycache__", "build", "dist"}
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

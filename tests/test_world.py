@@ -23,14 +23,21 @@ def scores(mini):
     return scores[scores["trained_on"] == scores["task"]]
 
 
+@pytest.fixture(scope="module")
+def one_rate(mini):
+    "Every method at the learning rate at which the world was settled, in points."
+    return pd.read_csv(mini / "same_rate.csv").set_index(["task", "method", "metric"])["mean"]
+
+
 def mean(scores, task, method, column):
     return scores[(scores["task"] == task) & (scores["method"] == method)][column].mean()
 
 
 @pytest.mark.parametrize("task", MINI.tasks)
-def test_sft_learns_the_world_and_stays_below_the_bayes_accuracy(scores, task):
-    accuracy, chance = mean(scores, task, "sft", "accuracy"), 1 / len(TASKS[task].labels)
+def test_sft_learns_the_world_and_stays_below_the_bayes_accuracy(scores, one_rate, task):
+    accuracy, chance = one_rate[task, "sft", "accuracy"] / 100, 1 / len(TASKS[task].labels)
     assert accuracy >= chance + 0.15
+    assert accuracy == pytest.approx(mean(scores, task, "sft", "accuracy"), abs=1e-5)  # SFT has one rate, so one accuracy
     for seed in MINI.seeds:
         questions = load_questions(task, split="test", seed=seed, n=MINI.test_questions)
         bayes = sum(max(q["posterior"]) for q in questions) / len(questions)
@@ -39,8 +46,9 @@ def test_sft_learns_the_world_and_stays_below_the_bayes_accuracy(scores, task):
     assert accuracy < mean(scores, task, "sft", "bayes")
 
 
-def test_dpo_has_a_higher_ece_than_sft_on_at_least_four_of_five_tasks(scores):
-    higher = [task for task in MINI.tasks if mean(scores, task, "dpo", "ece") > mean(scores, task, "sft", "ece")]
+def test_dpo_has_a_higher_ece_than_sft_on_at_least_four_of_five_tasks(one_rate):
+    "The condition of the world, at the rate at which it was settled. What comes out at the rates that validation chose is a result, and no condition."
+    higher = [task for task in MINI.tasks if one_rate[task, "dpo", "ece"] > one_rate[task, "sft", "ece"]]
     assert len(MINI.tasks) == 5 and len(higher) >= 4, higher
 
 
@@ -58,14 +66,14 @@ def test_committed_results_are_those_of_the_profile(scores, mini):
 
 def test_every_table_and_figure_of_the_study_is_there(mini):
     expected = {f"table{n:02d}.{e}" for n in range(1, 13) for e in ("csv", "md")} | {f"{n}_{t}.svg" for n in ("reliability", "figure1") for t in MINI.tasks}
-    assert not (expected | {"overview.svg", "findings.csv", "findings.md", "signatures.csv", "signatures.md"}) - {path.name for path in mini.iterdir()}
+    assert not (expected | {"overview.svg", "same_rate.csv", "same_rate.md", "findings.csv", "findings.md", "signatures.csv", "signatures.md"}) - {path.name for path in mini.iterdir()}
 
 
 def test_readme_shows_the_committed_results(repo, mini):
     readme = (repo / "README.md").read_text(encoding="utf-8")
-    table, contrasts, judged = (pd.read_csv(mini / name) for name in ("table01.csv", "contrasts.csv", "findings.csv"))
-    assert results_markdown(table, contrasts) in readme
-    assert headline(contrasts, judged) in readme and findings_markdown(judged) in readme
+    table, contrasts, judged, same_rate = (pd.read_csv(mini / name) for name in ("table01.csv", "contrasts.csv", "findings.csv", "same_rate.csv"))
+    assert results_markdown(table, contrasts, same_rate) in readme
+    assert headline(contrasts, judged, same_rate) in readme and findings_markdown(judged) in readme
 
 
 def test_texts_follow_from_their_tables(mini):
