@@ -403,6 +403,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'catto.report.metrics_table': ('report.html#metrics_table', 'catto/report.py'),
                               'catto.report.outcome_metrics': ('report.html#outcome_metrics', 'catto/report.py'),
                               'catto.report.paired_difference': ('report.html#paired_difference', 'catto/report.py'),
+                              'catto.report.paper_column': ('report.html#paper_column', 'catto/report.py'),
                               'catto.report.paper_table': ('report.html#paper_table', 'catto/report.py'),
                               'catto.report.plot_overview': ('report.html#plot_overview', 'catto/report.py'),
                               'catto.report.rates_markdown': ('report.html#rates_markdown', 'catto/report.py'),

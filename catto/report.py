@@ -7,7 +7,7 @@ __all__ = ['ANSWERS', 'CANDIDATES', 'FACTS', 'REFERENCES', 'METRICS', 'RATE_TABL
            'SAME_RATE_REFERENCES', 'MAIN_METHODS', 'MAIN_CONTRASTS', 'SAME_RATE_CONTRASTS', 'VERDICT_ORDER',
            'FIGURE1_METHODS', 'Runs', 'load_runs', 'load_predictions', 'score_runs', 'calibration_metrics',
            'outcome_metrics', 'resample', 'contrast', 'paired_difference', 'contrasts_of', 'paper_table',
-           'metrics_table', 'metrics_markdown', 'spread_table', 'spread_markdown', 'confidence_table',
+           'paper_column', 'metrics_table', 'metrics_markdown', 'spread_table', 'spread_markdown', 'confidence_table',
            'confidence_markdown', 'rates_table', 'rates_markdown', 'time_ratios', 'training_table', 'training_markdown',
            'signatures', 'signature_lines', 'Claim', 'rule_of', 'claimed_pairs', 'verdicts', 'goals', 'same_rate_pairs',
            'same_rate_table', 'same_rate_markdown', 'results_markdown', 'headline', 'findings_markdown',
@@ -299,10 +299,15 @@ METRICS = ("accuracy", "bayes", "mean_confidence", "ece", "ece_low", "ece_high",
 def paper_table(
     number,  # of the table in the paper, 1 to 12
     folder=None,  # folder with table01.csv; default data/paper beside settings.ini
-):  # DataFrame with columns method, task, metric and those that the table prints
+):  # DataFrame with columns method, dataset, metric and those that the table prints
     "A table of the paper as it was printed, in long form."
     folder = Path(folder) if folder else find_settings().parent / "data" / "paper"
-    return pd.read_csv(folder / f"table{number:02d}.csv").rename(columns={"dataset": "task", "value": "paper"})
+    return pd.read_csv(folder / f"table{number:02d}.csv")
+
+
+def paper_column(number):
+    "The same with our names: task for dataset, and paper for the value, to stand beside ours."
+    return paper_table(number).rename(columns={"dataset": "task", "value": "paper"})
 
 
 def _with_references(table, contrasts, keys, references=REFERENCES):
@@ -317,7 +322,7 @@ def _with_references(table, contrasts, keys, references=REFERENCES):
 def metrics_table(
     scores,  # of score_runs, in distribution or out of it
     contrasts,  # of contrasts_of
-    paper,  # paper_table(1) or paper_table(2)
+    paper,  # paper_column(1) or paper_column(2)
 ):  # DataFrame in long form: trained_on, task, method, metric, mean, sd, seeds, n, bins, floor, differences, paper [points]
     "Table 1 or Table 2 of the paper for the runs at hand. `n` is the number of questions of one seed."
     names = ["trained_on", "task", "method", "metric"]
@@ -413,7 +418,7 @@ def metrics_markdown(
 # %% ../nbs/06_report.ipynb #23a2fcf4-20
 def spread_table(
     table,  # of metrics_table or confidence_table
-    paper,  # paper_table(4), (5) or (6)
+    paper,  # paper_column(4), (5) or (6)
 ):  # DataFrame: task, method, metric, (k,) mean, standard_deviation, seeds, n, paper_mean, paper_dispersion
     "Tables 4 to 6: standard deviations over seeds of Tables 1 to 3."
     printed = paper.rename(columns={"mean": "paper_mean", "dispersion": "paper_dispersion"})
@@ -447,7 +452,7 @@ def confidence_table(
     outcomes,  # of load_runs
     draws,  # resample(outcomes, outcome_metrics)
     contrasts,  # of contrasts_of
-    paper,  # paper_table(3)
+    paper,  # paper_column(3)
 ):  # DataFrame in long form: task, method, k, rule, mean, sd, seeds, n, unparsed, temperature, differences, paper [points]
     "Table 3 of the paper, for every k and rule. Differences are those of the rule `confidence`."
     rows, names = [], ["trained_on", "task", "method", "metric", "k", "rule", "mean", "sd", "seeds"]
@@ -498,7 +503,7 @@ RATE_TABLES = {"reward_bench_2": 7, "snli": 8, "anli": 9, "tldr": 10, "commonsen
 def rates_table(
     training,  # of load_runs
     task,  # which task
-    paper,  # paper_table(7) to (11)
+    paper,  # paper_column(7) to (11)
 ):  # DataFrame: task, method, seed, learning_rate, validation_ece [points], lowest, used, paper
     "The learning rates of each seed and method. `lowest`: the lower validation ECE in that seed; `used`: the lower mean over seeds."
     rows = training[(training["trained_on"] == task) & training["method"].map(lambda m: METHODS[m].rates)]
@@ -556,7 +561,7 @@ def time_ratios(
 def training_table(
     training,  # of load_runs
     tasks,  # in distribution
-    paper,  # paper_table(12)
+    paper,  # paper_column(12)
 ):  # DataFrame: task, method, seconds, sd, tokens_per_second, peak_memory_mb, rows, epochs, seconds_per_row_epoch, inverted_pairs [%], ratio, seeds, resumed, paper [min]
     "Table 12 of the paper, with what it leaves out."
     times = _times(training)
@@ -1266,9 +1271,9 @@ def _pair_tables(settings, results):
              5: "Table 5: standard deviations of Table 2 over seeds, and in brackets what the paper prints."}
     tables = {}
     for number, rows, what in ((1, inside, "in distribution"), (2, ~inside, "out of distribution")):
-        table = metrics_table(results.scores[rows], results.contrasts, paper_table(number))
+        table = metrics_table(results.scores[rows], results.contrasts, paper_column(number))
         tables[number] = table, metrics_markdown(table, _note(settings, words[number]), absent[absent["what"] == what])
-        spread = spread_table(table, paper_table(number + 3))
+        spread = spread_table(table, paper_column(number + 3))
         tables[number + 3] = spread, spread_markdown(spread, _note(settings, words[number + 3]))
     return tables
 
@@ -1277,18 +1282,18 @@ def _other_tables(settings, results):
     "Tables 3, 6 and 7 to 12."
     runs, absent = results.runs, results.runs.absent
     pools = {key: seeds for key, seeds in results.draws.items() if "@" in key[3]}
-    table = confidence_table(runs.outcomes, pools, results.contrasts, paper_table(3))
-    spread = spread_table(table, paper_table(6))
+    table = confidence_table(runs.outcomes, pools, results.contrasts, paper_column(3))
+    spread = spread_table(table, paper_column(6))
     words = {3: "Table 3: accuracy of Confidence@k, sampled at the temperature that validation chose.",
              6: "Table 6: standard deviations of Table 3 over seeds, and in brackets what the paper prints."}
     tables = {3: (table, confidence_markdown(table, _note(settings, words[3]), absent[absent["what"] == "candidates"])),
               6: (spread, spread_markdown(spread, _note(settings, words[6])))}
     for task, number in RATE_TABLES.items():
-        table = rates_table(runs.training, task, paper_table(number))
+        table = rates_table(runs.training, task, paper_column(number))
         note = (f"Table {number}: learning rates on {task}, profile `{settings.profile}`. Of each seed the rate with the lower validation ECE; `used`: "
                 "the lower mean over seeds. Validation ECE in points. The paper's rates are another model's.")
         tables[number] = table, rates_markdown(table, note)
-    table = training_table(runs.training, settings.tasks, paper_table(12))
+    table = training_table(runs.training, settings.tasks, paper_column(12))
     tables[12] = table, training_markdown(table, f"Table 12: training on profile `{settings.profile}`, {_what(settings)}. From the smallest to the "
                                           "largest task, means over seeds. The paper's minutes are an A100's.")
     return tables

@@ -481,9 +481,10 @@ def summarise_steps(rows, case, runs, sizes, flops):
 
 def training_hours(method, rows_of_task, epochs, pace):
     "GPU hours of one training run: its steps, and for preference methods the reference pass over its pairs."
-    if method in ("sft", "rcft"):  # rcft trains on single responses too, at the pace of sft
+    from catto.methods import METHODS
+    if METHODS[method].kind != "preference":  # rcft trains on single responses too, at the pace of sft
         return rows_of_task * epochs * pace["sft"] / 3600
-    return rows_of_task * (epochs * pace["catto" if method == "dpo_catto" else "dpo"] + pace["reference"]) / 3600
+    return rows_of_task * (epochs * pace["dpo" if method in ("dpo", "dpo_matched") else "catto"] + pace["reference"]) / 3600
 
 
 def add_hours(rows, seconds, reference, sizes, cap):
@@ -492,7 +493,7 @@ def add_hours(rows, seconds, reference, sizes, cap):
     Every sequence counts as full, and every training question as one row and one pair, up to `cap`: the paper states the
     number of pairs for DPO + CATTO alone. Decoding for validation and test is not in it."""
     from catto.settings import load
-    from catto.train import PREFERENCE_METHODS
+    from catto.methods import METHODS, grid
     settings = load("paper", file=REPO / "settings.ini")
     if missing := {"sft", "trl_dpo", "catto_fused"} - set(seconds):
         print(f"no hours without the steps of {', '.join(sorted(missing))}")
@@ -513,11 +514,14 @@ def add_hours(rows, seconds, reference, sizes, cap):
         add("table12", task, method, settings.catto_pairs if stated else upper(task), epochs, stated,
             f"the paper: {minutes / 60:.2f} h on one {hardware}")
     total = 0.0
-    for task, method in itertools.product(settings.tasks, settings.methods):
-        recipe = PREFERENCE_METHODS[method](settings) if method != "sft" else None
-        count = min(upper(task), recipe.pairs or upper(task)) if recipe else upper(task)
-        epochs = recipe.epochs if recipe else settings.sft_epochs
-        total += len(settings.seeds) * add("grid", task, method, count, epochs, bool(recipe and recipe.pairs), "one seed")
+    tasks = (*settings.tasks, *filter(None, [settings.ood_task]))
+    for task, method in itertools.product(tasks, settings.methods):
+        kind, matched = METHODS[method].kind, METHODS[method].matched
+        if kind == "scaled":
+            continue  # no training
+        epochs = settings.sft_epochs if kind == "sft" else settings.rcft_epochs if kind == "rcft" else settings.catto_epochs if matched else settings.dpo_epochs
+        count, runs = min(upper(task), settings.catto_pairs) if matched else upper(task), len(grid(settings, task, method))
+        total += len(settings.seeds) * runs * add("grid", task, method, count, epochs, matched, f"one seed, one of {runs} learning rates")
     rows.add("grid", "all tasks and methods", "", "training", total, "GPU h", f"{len(settings.seeds)} seeds")
 
 

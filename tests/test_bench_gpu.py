@@ -8,6 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
+from catto.methods import METHODS
+from catto.settings import load
+
+SETTINGS = load("paper")
 
 def bench(repo, *words, **env):
     return subprocess.run([sys.executable, repo / "scripts" / "bench_gpu.py", *words], cwd=repo, env=os.environ | env,
@@ -49,12 +53,15 @@ def test_hours_follow_from_the_steps(rows):
     steps = rows[(rows["section"] == "step") & (rows["quantity"] == "time")].set_index("method")["value"].astype(float) / 1e3
     pairs_of_a_step = 2
     expected = 500 * (2 * steps["catto_fused"] + steps["reference pass"]) / pairs_of_a_step / 3600
-    grid = rows[rows["section"] == "grid"]
-    catto = grid[(grid["method"] == "dpo_catto") & (grid["case"] == "anli")]["value"].astype(float)
+    hours = rows[rows["section"] == "grid"].assign(value=lambda r: r["value"].astype(float))
+    catto = hours[(hours["method"] == "dpo_catto") & (hours["case"] == "anli")]["value"]
     assert catto.item() == pytest.approx(expected, rel=1e-3)
-    single = grid[grid["case"] != "all tasks and methods"]["value"].astype(float).sum()
-    total = grid[grid["case"] == "all tasks and methods"]["value"].astype(float).item()
-    assert total == pytest.approx(5 * single, rel=1e-3)
+    single = hours[hours["case"] != "all tasks and methods"]
+    trained = {method for method in METHODS if METHODS[method].kind != "scaled"}
+    assert set(zip(single["case"], single["method"])) == {(task, method) for task in (*SETTINGS.tasks, SETTINGS.ood_task) for method in trained}
+    rates = [2 if METHODS[r.method].rates and r.case != "mmlu" else 1 for r in single.itertuples()]  # in distribution, from two learning rates
+    total = hours[hours["case"] == "all tasks and methods"]["value"].item()
+    assert total == pytest.approx(5 * (single["value"] * rates).sum(), rel=1e-3)
 
 
 def test_table12_row_by_row(rows, repo):
