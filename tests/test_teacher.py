@@ -621,7 +621,7 @@ def test_the_notebook_run_keeps_responses_and_no_key(serve, ini, tmp_path):
     assert teacher_plan(settings, tmp_path).loc["all", "left"] == 60 + 25 * 8
     environment = os.environ | {"PYTHONPATH": str(REPO), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [sys.executable, "-m", "papermill", "--cwd", REPO / "nbs", REPO / "nbs" / "02_data_gen.ipynb", executed, "-p", "profile", "smoke",
-               "-r", "root", tmp_path, "-r", "settings_file", path]
+               "-r", "tasks", "commonsense_qa", "-r", "root", tmp_path, "-r", "settings_file", path]
     ran = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     manifest = json.loads((unit / "manifest.json").read_text())
