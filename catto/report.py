@@ -1061,7 +1061,7 @@ def findings_markdown(
 def _findings_block(contrasts, judged, same_rate):
     "What stands between the README's marks `findings`."
     return (f"{headline(contrasts, judged, same_rate)}\n\n<details><summary>What we found: the verdict on each claim</summary>\n\n{findings_markdown(judged)}\n\n"
-            "Rules, written before the runs: the 95% interval of the paired difference lies on the claimed side on every task (or on most, or on some, as the claim says). "
+            "Rules, written before these runs were tested (earlier results of `sft`, `dpo`, `dpo_matched` and `dpo_catto` in this world were known): the 95% interval of the paired difference lies on the claimed side on every task (or on most, or on some, as the claim says). "
             "\"Not reproduced\" with no task against it: these runs do not show the effect. Lines that end in \"at one learning rate\" were added after first trials: the "
             "same rule with every method at one rate. The others follow the paper, where validation chooses the rate of each method; they are the main ones.\n\n</details>")
 
