@@ -102,15 +102,15 @@ def make_command(folder, *words, target="reproduce", profile="tiny", config=""):
 
 
 class Run:
-    "One `make reproduce PROFILE=tiny` in its own session; its output goes to a file, which no orphan can block."
+    "One `make reproduce PROFILE=tiny`, or another target, in its own session; its output goes to a file, which no orphan can block."
     numbers = itertools.count()
 
-    def __init__(self, folder, *words, profile="tiny", config="", command=None):
+    def __init__(self, folder, *words, command=None, **options):
         self.mark, self.log = uuid.uuid4().hex, folder / f"make-{next(self.numbers)}.log"
         # A make that runs pytest hands its own flags down.
         ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "SEEDS", "SWEEPS", "JOBS", "CONFIG"}
         env = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1", MARK: self.mark}
-        command = command or make_command(folder, *words, profile=profile, config=config)
+        command = command or make_command(folder, *words, **options)
         with open(self.log, "w") as file:
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -222,8 +222,8 @@ def whole(folder, *_):
     first = make(copy, config=f"root={root}")
     before = written(root)
     again, after = make(copy, config=f"root={root}"), written(root)
-    state = subprocess.run(make_command(copy, target="status", config=f"root={root}"), cwd=copy, capture_output=True, text=True)
-    return root, settings_of(copy), before, again, after, first, state.stdout
+    state = make(copy, target="status", config=f"root={root}")
+    return root, settings_of(copy), before, again, after, first, state
 
 
 SOME = dict(ood_task=AWAY, methods=" ".join(FEW), label_weight="1e40")  # a loss with this weight is no number
