@@ -1295,7 +1295,8 @@ def _other_tables(settings, results):
         tables[number] = table, rates_markdown(table, note)
     table = training_table(runs.training, settings.tasks, paper_column(12))
     tables[12] = table, training_markdown(table, f"Table 12: training on profile `{settings.profile}`, {_what(settings)}. From the smallest to the "
-                                          "largest task, means over seeds. The paper's minutes are an A100's.")
+                                          "largest task, means over seeds. Seconds of the processor, or of the clock where a GPU "
+                                          "trains. The paper's minutes are an A100's.")
     return tables
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-55
