@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'CANDIDATES', 'FACTS', 'REFERENCES', 'METRICS', 'RATE_TABLES', 'SIGNATURES', 'CLAIMS', 'SAME_RATE', 'GOALS',
-           'SAME_RATE_REFERENCES', 'MAIN_METHODS', 'MAIN_CONTRASTS', 'SAME_RATE_CONTRASTS', 'VERDICT_ORDER',
-           'FIGURE1_METHODS', 'Runs', 'load_runs', 'load_predictions', 'score_runs', 'calibration_metrics',
-           'outcome_metrics', 'resample', 'contrast', 'paired_difference', 'contrasts_of', 'paper_table',
-           'paper_column', 'metrics_table', 'metrics_markdown', 'spread_table', 'spread_markdown', 'confidence_table',
-           'confidence_markdown', 'rates_table', 'rates_markdown', 'time_ratios', 'training_table', 'training_markdown',
-           'signatures', 'signature_lines', 'Claim', 'rule_of', 'claimed_pairs', 'verdicts', 'goals', 'same_rate_pairs',
-           'same_rate_table', 'same_rate_markdown', 'results_markdown', 'headline', 'findings_markdown',
-           'update_readme', 'figure1', 'reliability_figure', 'plot_overview', 'save_svg', 'SameRate', 'Results',
-           'compute_results', 'write_report']
+           'SAME_RATE_REFERENCES', 'MAIN_METHODS', 'MAIN_CONTRASTS', 'SAME_RATE_CONTRASTS', 'HEADLINES',
+           'VERDICT_ORDER', 'FIGURE1_METHODS', 'Runs', 'load_runs', 'load_predictions', 'score_runs',
+           'calibration_metrics', 'outcome_metrics', 'resample', 'contrast', 'paired_difference', 'contrasts_of',
+           'paper_table', 'paper_column', 'metrics_table', 'metrics_markdown', 'spread_table', 'spread_markdown',
+           'confidence_table', 'confidence_markdown', 'rates_table', 'rates_markdown', 'time_ratios', 'training_table',
+           'training_markdown', 'signatures', 'signature_lines', 'Claim', 'rule_of', 'claimed_pairs', 'verdicts',
+           'goals', 'same_rate_pairs', 'same_rate_table', 'same_rate_markdown', 'results_markdown', 'headline',
+           'findings_markdown', 'update_readme', 'figure1', 'reliability_figure', 'plot_overview', 'save_svg',
+           'SameRate', 'Results', 'compute_results', 'write_report']
 
 # %% ../nbs/06_report.ipynb #23a2fcf4
 import json
@@ -997,48 +997,44 @@ def results_markdown(
     return "\n".join([*lines, *again, *(["", words] if again else [])])
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-42
+HEADLINES = {("dpo", "sft"): "DPO − SFT", ("dpo_catto", "dpo_matched"): "CATTO as printed − DPO on CATTO's budget",
+             ("dpo_catto_label", "dpo_matched"): "label calibration − DPO on CATTO's budget"}
+VERDICT_ORDER = ("reproduced", "partly", "not reproduced", "cannot be tested here")
+
+
+def _differences(table, a, b, metric):
+    "difference, low and high of a - b on each task in distribution, from `contrasts_of` or `same_rate_table`."
+    inside = table[(table["trained_on"] == table["task"]) & (table["metric"] == metric)]
+    if "a" in inside:
+        return inside.loc[(inside["a"] == a) & (inside["b"] == b), ["difference", "low", "high"]]
+    names = [f"minus_{b}{end}" for end in ("", "_low", "_high")]
+    return inside.loc[inside["method"] == a].reindex(columns=names).dropna().set_axis(["difference", "low", "high"], axis=1)
+
+
+def _headline_row(table, pair, title):
+    "One row on a pair of methods; None where the table lacks them."
+    ece, accuracy = (_differences(table, *pair, metric) for metric in ("ece", "accuracy"))
+    if not (len(ece) and len(accuracy)):
+        return None
+    span = lambda d: f"{d['difference'].min():+.1f} to {d['difference'].max():+.1f}"
+    return f"| {title} | {span(ece)} | {(ece['high'] < 0).sum()} of {len(ece)} | {(ece['low'] > 0).sum()} of {len(ece)} | {span(accuracy)} |"
+
+
 def headline(
     contrasts,  # of contrasts_of
     judged,  # of verdicts and goals, one below the other
-    same_rate=None,  # of same_rate_table; one sentence on it
+    same_rate=None,  # of same_rate_table; its rows come last
 ):  # text
-    "A few sentences on the contrasts that matter, from the numbers; '' when the run lacks their methods."
-    inside = contrasts[contrasts["trained_on"] == contrasts["task"]]
-
-    def of(a, b, metric="ece"):
-        return inside[(inside["a"] == a) & (inside["b"] == b) & (inside["metric"] == metric)]
-
-    def span(rows):
-        return f"{rows['difference'].min():+.1f} to {rows['difference'].max():+.1f} points"
-
-    sentences = []
-    for a, b, start in (("dpo", "sft", "DPO against SFT"), ("dpo_catto", "dpo_matched", "The printed CATTO loss against DPO on the same budget"),
-                        ("dpo_catto_label", "dpo_matched", "A proper calibration loss on the label token against the same control")):
-        rows = of(a, b)
-        if len(rows):
-            sentences.append(f"{start}: the ECE changes by {span(rows)}, with an interval below 0 on {int((rows['high'] < 0).sum())} and above 0 on "
-                             f"{int((rows['low'] > 0).sum())} of {len(rows)} tasks"
-                             + (f", the accuracy by {span(of(a, b, 'accuracy'))}." if len(of(a, b, "accuracy")) else "."))
-    sentences += [] if same_rate is None else _same_rate_sentence(same_rate)
+    "The contrasts that matter as a table, each number from the files, and a sentence that counts the verdicts; '' where there are none."
+    rows = [_headline_row(contrasts, pair, title) for pair, title in HEADLINES.items()]
+    if same_rate is not None:
+        rows += [_headline_row(same_rate, pair, f"*one learning rate{_shared(same_rate)}:* {title}") for pair, title in HEADLINES.items()]
+    head = ["| difference, least to most over the tasks | ECE [points] | interval below 0 | interval above 0 | accuracy [points] |", "|---|---|---|---|---|"]
+    lines = head * any(rows) + [row for row in rows if row]
     counts = judged[(judged["place"] != "goal") & ~judged["id"].str.endswith(SAME_RATE)]["verdict"].value_counts()  # by the paper's rule
     if len(counts):
-        sentences.append("The paper's empirical claims, those against DPO judged twice: " + ", ".join(f"{counts[v]} {v}" for v in VERDICT_ORDER if v in counts) + ".")
-    return " ".join(sentences)
-
-
-def _same_rate_sentence(same_rate):
-    "[one sentence], or [] where the runs at one rate lack the methods."
-    parts = []
-    for a, b, start in (("dpo", "sft", "DPO against SFT"), ("dpo_catto_label", "dpo_matched", "the label loss against its control")):
-        name = f"minus_{b}"
-        rows = same_rate[(same_rate["method"] == a) & (same_rate["metric"] == "ece")].dropna(subset=name)
-        if len(rows):
-            parts.append(f"{start} {rows[name].min():+.1f} to {rows[name].max():+.1f} points of ECE (interval below 0 on {int((rows[name + '_high'] < 0).sum())} "
-                         f"and above 0 on {int((rows[name + '_low'] > 0).sum())} of {len(rows)} tasks)")
-    return [f"With every method at one learning rate{_shared(same_rate)} instead of the one that validation chose for each: {', '.join(parts)}."] if parts else []
-
-
-VERDICT_ORDER = ("reproduced", "partly", "not reproduced", "cannot be tested here")
+        lines += ["", "The paper's empirical claims, those against DPO judged twice: " + ", ".join(f"{counts[v]} {v}" for v in VERDICT_ORDER if v in counts) + "."]
+    return "\n".join(lines).strip()
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-43
 def findings_markdown(

@@ -363,12 +363,13 @@ def test_second_lines_are_judged_at_one_rate_by_the_same_rules(rates):
 def test_readme_counts_claims_by_the_papers_rule(rates):
     contrasts, judged, same = (pd.read_csv(rates[2] / f"{name}.csv") for name in ("contrasts", "findings", "same_rate"))
     main = judged[~judged["id"].str.endswith("-same-rate")]
-    text = headline(contrasts, judged, same)
-    sentence = text[text.index("With every method"):].partition(". The paper")[0]
-    assert text.replace(sentence + ". ", "") == headline(contrasts, main) and len(main) < len(judged)
-    rows = same[(same["metric"] == "ece") & (same["method"] == "dpo")]
-    assert f"DPO against SFT {rows['minus_sft'].min():+.1f} to {rows['minus_sft'].max():+.1f} points of ECE (interval below 0 on 0 and above 0 on 2 of 2 tasks)" in sentence
-    assert "the label loss against its control -" in sentence and sentence.endswith("(interval below 0 on 2 and above 0 on 0 of 2 tasks)")
+    text, plain = headline(contrasts, judged, same), headline(contrasts, main)
+    second = [line for line in text.splitlines() if line.startswith("| *one learning rate (0.0001):* ")]
+    assert [line for line in text.splitlines() if line not in second] == plain.splitlines() and len(main) < len(judged) and len(second) == 3
+    rows = same[(same["method"] == "dpo") & (same["trained_on"] == same["task"])].set_index("metric")["minus_sft"]
+    span = {metric: f"{rows[metric].min():+.1f} to {rows[metric].max():+.1f}" for metric in ("ece", "accuracy")}
+    assert f"DPO − SFT | {span['ece']} | 0 of 2 | 2 of 2 | {span['accuracy']} |" in second[0]
+    assert "label calibration − DPO on CATTO's budget | -" in second[2] and "| 2 of 2 | 0 of 2 |" in second[2]
     plain, lines = results_markdown(table(rates[2], 1), contrasts), results_markdown(table(rates[2], 1), contrasts, same)
     assert lines.startswith(plain) and lines.count("| *one rate*,") == 4 and "validation chose, as in the paper" in lines
     assert max(map(len, lines.splitlines()[:-1])) < 150
@@ -566,7 +567,7 @@ def test_update_readme_writes_only_between_its_marks(study, tmp_path):
     assert text.startswith("top\n") and "\nmiddle\n" in text and text.endswith("end\n") and "stale" not in text
     contrasts, judged, same = (pd.read_csv(study[2] / f"{name}.csv") for name in ("contrasts", "findings", "same_rate"))
     assert results_markdown(table(study[2], 1), contrasts, same) in text and headline(contrasts, judged, same) in text
-    assert "| *one rate*, ECE: `dpo` − `sft` |" in text and "With every method at one learning rate (0.0001)" in text
+    assert "| *one rate*, ECE: `dpo` − `sft` |" in text and "| *one learning rate (0.0001):* DPO − SFT |" in text
     assert max(len(line) for line in text.splitlines() if line.startswith("| `")) < 140  # narrow enough for a page
     update_readme(readme, study[2])
     assert readme.read_text() == text
