@@ -123,10 +123,16 @@ def greedy_calibration(
     return lambda model: option_confidence(predict(model, tokenizer, questions, batch_size, max_new_tokens))
 
 # %% ../nbs/03c_rcft.ipynb #23a2fcf4-6
+def _bins_of(confidence, n_bins):
+    "Number of the bin of each confidence, int64, (B,)."
+    return torch.as_tensor(_bin_index(confidence.clamp(max=1).double().cpu().numpy(), n_bins))  # rounding may exceed 1
+
+
 def calibration_target(
     probs: Tensor,  # q, (B, K); 0 where a row has fewer options
     accuracy,  # a, one for each bin, (M,); nan in an empty bin
     options: Tensor | None = None,  # which of the K places are options of the row, bool, (B, K); None: all
+    bins: Tensor | None = None,  # bin of each row, int64, (B,), -1 without one; None: the bin of its largest q
 ) -> tuple[Tensor, Tensor]:  # (t (B, K), nan in rows without one; whether there is one, bool (B,))
     "Where the M-step wants the distribution over the options. Raises `ValueError` for a row with fewer than two options."
     options = torch.ones_like(probs, dtype=torch.bool) if options is None else options
@@ -135,8 +141,8 @@ def calibration_target(
         raise ValueError(f"a row has {int(count.min())} option(s): at least 2 are accepted")
     accuracy = torch.as_tensor(accuracy, dtype=probs.dtype)
     c, best = probs.detach().max(-1)
-    bins = _bin_index(c.clamp(max=1).double().cpu().numpy(), len(accuracy))  # rounding may exceed 1
-    a = accuracy[torch.as_tensor(bins)].to(probs.device)
+    bins = _bins_of(c, len(accuracy)) if bins is None else bins.cpu()
+    a = torch.where(bins >= 0, accuracy[bins.clamp(min=0)], math.nan).to(probs.device)
     others = ((1 - a) / (count - 1))[:, None] * options
     return others.scatter(-1, best[:, None], a[:, None]), ~a.isnan()
 
@@ -145,11 +151,12 @@ def ece_penalty(
     logits: Tensor,  # of the options' first tokens at the label token, (B, K); any number where there is no option
     accuracy,  # a, one for each bin, (M,); nan in an empty bin
     options: Tensor | None = None,  # which of the K places are options of the row, bool, (B, K); None: all
+    bins: Tensor | None = None,  # bin of each row, int64, (B,), -1 without one; None: the bin of c
 ) -> tuple[Tensor, Tensor, Tensor]:  # (squared distance, 0 without a target; c; whether there is a target), each (B,)
     "L_ECE of Eq. 14, row by row. Raises `ValueError` for a row with fewer than two options."
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probs = (logits if options is None else logits.masked_fill(~options, -math.inf)).softmax(-1)
-    target, known = calibration_target(probs, accuracy, options)
+    target, known = calibration_target(probs, accuracy, options, bins)
     # The paper leaves open what happens in a bin that no calibration question fell into: here such a row has no penalty.
     target = torch.where(known[:, None], target, probs.detach())
     return (probs - target).square().sum(-1), probs.detach().amax(-1), known
@@ -208,16 +215,17 @@ class RCFTConfig(SmoothedSFTConfig):
 
 # %% ../nbs/03c_rcft.ipynb #23a2fcf4-11
 def _with_places(collate, examples):
-    "A batch with the label's place in each row, (B,), -1 without one, and its options' tokens, (B, K), -1 where there are fewer."
+    "A batch with each row's number and label's place, (B,), -1 without one, and its options' tokens, (B, K), -1 where there are fewer."
     batch = collate(examples)
     ids = [torch.tensor(row["option_ids"], dtype=torch.int64) for row in examples]
     batch["option_ids"] = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
-    batch["label_place"] = torch.tensor([row["label_place"] for row in examples])
+    for name in ("row", "label_place"):
+        batch[name] = torch.tensor([row[name] for row in examples])
     return batch
 
 
-def _find_label(row, tokenizer, options, prefix, max_length, name):
-    "Place and options of a tokenised row. `ValueError` when there are no options, or when a cut took the label away."
+def _find_label(row, number, tokenizer, options, prefix, max_length, name):
+    "Number, place and options of a tokenised row. `ValueError` when there are no options, or when a cut took the label away."
     options = row.get("options") or options
     if not options:
         raise ValueError(f"{name} rows have no column options, and the config has none: give options, the label set")
@@ -227,7 +235,7 @@ def _find_label(row, tokenizer, options, prefix, max_length, name):
         whole = row.get("completion")
         if isinstance(whole, str) and label_options(tokenizer.encode(whole, add_special_tokens=False), options, tokenizer, prefix)[1]:
             raise ValueError(f"max_length = {max_length} cuts the label off a {name} response; raise it or leave the row out")
-    return {"label_place": -1 if place is None else start + place, "option_ids": ids}
+    return {"row": number, "label_place": -1 if place is None else start + place, "option_ids": ids}
 
 # %% ../nbs/03c_rcft.ipynb #23a2fcf4-12
 class _EStep(TrainerCallback):
@@ -250,7 +258,7 @@ class RCFTTrainer(SmoothedSFTTrainer):
             raise TypeError(f"{type(self).__name__} takes an RCFTConfig, not a {type(args).__name__}")
         if args.rcft_weight and not callable(calibration):
             raise TypeError("calibration must be a function of the model that returns (confidence, correct); see greedy_calibration")
-        self.calibration = calibration
+        self.calibration, self._bins = calibration, None
         super().__init__(model, args, *others, **kwargs)
         if args.rcft_weight:
             self.data_collator = functools.partial(_with_places, self.data_collator)
@@ -258,7 +266,7 @@ class RCFTTrainer(SmoothedSFTTrainer):
 
     @property
     def estimates(self):
-        "The E-steps so far: dicts of epoch, step, count and accuracy of each bin (None when empty), and ece."
+        "The E-steps so far: dicts of epoch, step, count and accuracy of each bin (None when empty), and ece; in the last, the bin of each row."
         return self.state.stateful_callbacks.setdefault("RCFT", [])
 
     def estimate(self, epoch=0):
@@ -268,11 +276,30 @@ class RCFTTrainer(SmoothedSFTTrainer):
         try:
             with torch.no_grad():
                 curve = reliability_curve(*self.calibration(self.model), self.args.rcft_bins)
+                self._bins = self._bins_of_rows()
         finally:
             self.model.train(training)
         accuracy = [None if math.isnan(a) else float(a) for a in curve.accuracy]
+        for record in self.estimates:
+            record.pop("bins", None)  # of an epoch that is over
         self.estimates.append({"epoch": epoch, "step": self.state.global_step, "count": curve.count.tolist(),
-                               "accuracy": accuracy, "ece": curve.ece})
+                               "accuracy": accuracy, "ece": curve.ece, "bins": self._bins.tolist()})
+
+    def _bins_of_rows(self):
+        "The bin of every training row's confidence, (N,); -1 where there is no label."
+        bins = torch.full((len(self.train_dataset),), -1)
+        for batch in self.get_eval_dataloader(self.train_dataset):
+            row, place, ids = (batch[name] for name in ("row", "label_place", "option_ids"))
+            with _hidden_states(self.model) as states, self.compute_loss_context_manager():
+                self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1)
+            there, found = place >= 0, torch.full_like(row, -1)
+            if there.any():
+                logits = self._option_logits(states[0], batch["attention_mask"], place, ids)
+                confidence = logits.masked_fill(ids[there] < 0, -math.inf).softmax(-1).amax(-1)
+                found[there] = _bins_of(confidence, self.args.rcft_bins).to(row.device)
+            row, found = self.accelerator.gather_for_metrics((row, found))
+            bins[row.cpu()] = found.cpu()
+        return bins
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         "TRL's tokenised rows with the label's place; rows without one are counted."
@@ -284,7 +311,7 @@ class RCFTTrainer(SmoothedSFTTrainer):
         if "label_place" in rows.column_names:  # prepared before
             return rows
         rows = rows.map(_find_label, fn_kwargs=dict(tokenizer=self._tokenizer, options=args.options, prefix=args.answer_prefix,
-                                                    max_length=args.max_length, name=dataset_name))
+                                                    max_length=args.max_length, name=dataset_name), with_indices=True)
         without = sum(place < 0 for place in rows["label_place"])
         if without == len(rows):
             raise ValueError(f"no {dataset_name} response names one of its options after {args.answer_prefix!r}, by a token of its own: "
@@ -296,33 +323,43 @@ class RCFTTrainer(SmoothedSFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "label_place", "option_ids"])]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "label_place", "option_ids"])]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.args.rcft_weight:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.estimates:  # evaluated before it was trained
             self.estimate()
-        place, ids = inputs.pop("label_place"), inputs.pop("option_ids")
+        row, place, ids = (inputs.pop(name) for name in ("row", "label_place", "option_ids"))
+        bins = self._noted_bins(row) if self.model.training else None  # rows for evaluation were not there in the E-step
         with _hidden_states(self.model) as states:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         # TRL divides its own sum by the tokens of all accumulated batches; a mean of this batch's rows is one of so many.
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        loss = loss + self.args.rcft_weight * self._penalty(states[0], inputs["attention_mask"], place, ids) / steps
+        loss = loss + self.args.rcft_weight * self._penalty(states[0], inputs["attention_mask"], place, ids, bins) / steps
         return (loss, outputs) if return_outputs else loss
 
-    def _penalty(self, hidden, attention_mask, place, ids):
-        "L_ECE: mean over the rows of the batch that have a label; logged beside TRL's metrics."
-        rows = (place >= 0).nonzero().squeeze(-1)
-        if not len(rows):
-            return hidden.new_zeros(())
+    def _noted_bins(self, row):
+        "The bins that the last E-step noted for these rows, (B,)."
+        if self._bins is None:  # a checkpoint brought them
+            self._bins = torch.tensor(self.estimates[-1]["bins"])
+        return self._bins[row.cpu()]
+
+    def _option_logits(self, hidden, attention_mask, place, ids):
+        "Logits of the options of the rows that have a label."
+        rows, model = (place >= 0).nonzero().squeeze(-1), self._causal_model()
         before = attention_mask.int().argmax(-1)[rows] + place[rows] - 1  # the label is predicted one token earlier
-        ids, model = ids[rows], self._causal_model()
-        shape = _logit_shape(model.config.get_text_config())
-        logits = option_logits(hidden[rows, before], _head_of(model), ids, **shape)
+        return option_logits(hidden[rows, before], _head_of(model), ids[rows], **_logit_shape(model.config.get_text_config()))
+
+    def _penalty(self, hidden, attention_mask, place, ids, bins=None):
+        "L_ECE: mean over the rows of the batch that have a label; logged beside TRL's metrics. `bins` as in `ece_penalty`."
+        there = place >= 0
+        if not there.any():
+            return hidden.new_zeros(())
+        logits = self._option_logits(hidden, attention_mask, place, ids)
         accuracy = [math.nan if a is None else a for a in self.estimates[-1]["accuracy"]]
-        penalty, confidence, known = ece_penalty(logits, accuracy, ids >= 0)
+        penalty, confidence, known = ece_penalty(logits, accuracy, ids[there] >= 0, None if bins is None else bins[there.cpu()])
         values = {"penalty": penalty, "confidence": confidence, "without_target": (~known).float()}
         for name, value in values.items():
             mean = self.accelerator.gather_for_metrics(value.detach().mean()).mean().item()

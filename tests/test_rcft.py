@@ -198,14 +198,22 @@ def test_smoothing_does_not_depend_on_how_a_step_is_split(make):
 
 # --- the penalty
 
-def naive_penalty(trainer, batch, tokenizer, data):
-    "L_ECE from the logits of every position, one row at a time."
-    total = []
+def naive_distributions(trainer, batch, tokenizer, data):
+    "q over the options, from the logits of every position, one row at a time."
     for logits, ids, options in zip(plain_logits(trainer, batch).double(), batch["input_ids"].tolist(), data["options"]):
         answer = max(i for i, token in enumerate(ids) if token == tokenizer.convert_tokens_to_ids(ANSWER_PREFIX))
-        q = logits[answer][[tokenizer.encode(" " + option)[0] for option in options]].softmax(0)
-        best, a = int(q.argmax()), RIGHT[int(np.ceil(10 * q.max().item())) - 1] / 10
-        target = torch.tensor([a if k == best else (1 - a) / (len(options) - 1) for k in range(len(options))])
+        yield logits[answer][[tokenizer.encode(" " + option)[0] for option in options]].softmax(0)
+
+
+def naive_bin(q):
+    return int(np.ceil(10 * q.max().item())) - 1
+
+
+def naive_penalty(trainer, batch, tokenizer, data):
+    total = []
+    for q in naive_distributions(trainer, batch, tokenizer, data):
+        a = RIGHT[naive_bin(q)] / 10
+        target = torch.tensor([a if k == int(q.argmax()) else (1 - a) / (len(q) - 1) for k in range(len(q))])
         total.append(((q - target) ** 2).sum().item())
     return np.mean(total)
 
@@ -326,6 +334,42 @@ def test_an_e_step_before_every_epoch(make):
     assert [record["epoch"] for record in trainer.estimates] == [0, 1, 2]
     assert len({tuple(record["accuracy"]) for record in trainer.estimates}) > 1
     assert {"rcft/penalty", "rcft/confidence", "rcft/without_target"} <= set(trainer.state.log_history[0])
+
+
+def test_bins_stay_those_of_the_e_step_through_an_epoch(make, tokenizer):
+    trainer, noted, used = make(RCFTTrainer, num_train_epochs=2), [], []
+
+    def calibration(model):
+        noted.append([naive_bin(q) for q in naive_distributions(trainer, batch_of(trainer, range(16)), tokenizer, rows())])
+        return every_bin(model)
+
+    def noted_bins(row, original=trainer._noted_bins):
+        used.append((len(noted) - 1, row.tolist(), original(row).tolist()))
+        return original(row)
+
+    trainer.calibration, trainer._noted_bins = calibration, noted_bins
+    trainer.train()
+    assert all(bins == [noted[epoch][i] for i in row] for epoch, row, bins in used)
+    assert [sorted(i for epoch, row, _ in used if epoch == e for i in row) for e in (0, 1)] == [list(range(16))] * 2
+    assert noted[0] != noted[1]  # while the confidences leave them
+    assert trainer.estimates[1]["bins"] == noted[1] and "bins" not in trainer.estimates[0]
+
+
+def test_the_loss_takes_the_noted_bins_in_training_alone(make):
+    trainer, plain = make(RCFTTrainer), loss_of(make(SmoothedSFTTrainer)).item()
+    before = loss_of(trainer).item()
+    trainer._bins.fill_(-1)
+    assert loss_of(trainer).item() == pytest.approx(plain, rel=1e-6) and before > plain + 0.05
+    trainer.model.eval()
+    assert loss_of(trainer).item() == pytest.approx(before, rel=1e-6)
+
+
+def test_a_row_without_label_has_no_bin(make):
+    data = rows(6).to_list()
+    data[1]["completion"] = "<think> so </think> I do not know"
+    trainer = make(RCFTTrainer, Dataset.from_list(data), per_device_eval_batch_size=1)  # so a batch without any label comes too
+    trainer.estimate()
+    assert [b < 0 for b in trainer.estimates[0]["bins"]] == [i == 1 for i in range(6)]
 
 
 @pytest.mark.parametrize("stop", [4, 6], ids=["between epochs", "within an epoch"])
