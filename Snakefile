@@ -122,6 +122,7 @@ rule report:
         grid(pool, part=pool_parts, group=sampled),
         notebook="nbs/06_report.ipynb",
         package=package("report"),
+        paper=sorted(map(str, Path("data/paper").glob("table*.csv"))),
     output:
         f"{runs}/report.json",
     params:

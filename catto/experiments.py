@@ -664,6 +664,8 @@ def _nothing(outcomes):
 
 
 def _write_sweep(settings, root, target):
+    for name in ("lambda_sweep.csv", "lambda_means.csv", "lambda_sweep.svg", "recipe.csv", "recipe.md"):  # of an earlier run, with a sweep
+        (target / name).unlink(missing_ok=True)
     if not settings.sweeps:
         return [], "Not run: `sweeps = false`."
     test, validation = (read_outcomes(settings, sweep_cases(settings), root, name) for name in ("test", "validation"))

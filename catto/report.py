@@ -192,15 +192,15 @@ def score_runs(
 # %% ../nbs/06_report.ipynb #23a2fcf4-10
 def calibration_metrics(
     rows,  # predictions of one run
-    weights,  # how often each question counts, (R + 1, N)
+    weights,  # how often each question counts, (R + 1, N); their sum may differ from N
     n_bins=20,  # M
 ):  # dict metric -> (R + 1,) [points]
     "Accuracy, ECE (Eq. 16), mean confidence minus accuracy and its size, and |c - P(correct)|, for each row of weights."
     c, z = (rows[name].to_numpy(float) for name in ("confidence", "correct"))
-    p, n = rows["p_correct"].to_numpy(float) if "p_correct" in rows else np.nan, len(c)
+    p, n = rows["p_correct"].to_numpy(float) if "p_correct" in rows else np.nan, weights.sum(1)
     bins = np.clip(np.searchsorted(np.arange(n_bins + 1) / n_bins, c, side="left") - 1, 0, n_bins - 1)
-    gap = np.zeros((n, n_bins))
-    gap[np.arange(n), bins] = c - z
+    gap = np.zeros((len(c), n_bins))
+    gap[np.arange(len(c)), bins] = c - z
     over = weights @ (c - z)
     values = {"accuracy": weights @ z, "ece": np.abs(weights @ gap).sum(1), "overconfidence": over, "distance": np.abs(over),
               "oracle_error": weights @ np.abs(c - p)}
@@ -213,27 +213,30 @@ def outcome_metrics(
 ):  # dict "<rule>@<k>" -> (R + 1,) [points]
     "Accuracy of every rule of Confidence@k for each row of weights."
     names = [name for name in rows if "@" in name]
-    return dict(zip(names, 100 * (weights @ rows[names].to_numpy(float)).T / len(rows)))
+    return dict(zip(names, 100 * (weights @ rows[names].to_numpy(float)).T / weights.sum(1)))
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-12
 def resample(
     rows,  # predictions or outcomes of many runs
     metrics,  # calibration_metrics or outcome_metrics
     n_resamples=1000,  # R
-    rng=None,  # numpy Generator; default: one for each seed, made from it
+    rng=None,  # numpy Generator; default: the same fresh one for each (trained_on, task)
 ):  # dict (trained_on, task, method, metric) -> {seed: (R + 1,) [points], the estimate first}
     "Every metric of every run on shared resamples. ValueError when the methods of a seed were not tested on the same questions."
     draws = {}
-    for (trained_on, task, seed), group in rows.groupby(["trained_on", "task", "seed"], sort=False):
-        runs = {method: run.sort_values("id") for method, run in group.groupby("method", sort=False)}
-        first, n = next(iter(runs)), len(next(iter(runs.values())))
-        generator = np.random.default_rng(seed) if rng is None else rng
+    for (trained_on, task), place in rows.groupby(["trained_on", "task"], sort=False):
+        questions = np.unique(place["id"])  # a question that several seeds ask is drawn for all of them at once
+        n, generator = len(questions), np.random.default_rng(0) if rng is None else rng
         weights = np.vstack([np.ones(n), generator.multinomial(n, np.full(n, 1 / n), n_resamples)])
-        for method, run in runs.items():
-            if list(run["id"]) != list(runs[first]["id"]):
-                raise ValueError(f"{first} and {method} of {task}, trained on {trained_on}, seed {seed}, were not tested on the same questions")
-            for metric, values in metrics(run, weights).items():
-                draws.setdefault((trained_on, task, method, metric), {})[seed] = values
+        for seed, group in place.groupby("seed", sort=False):
+            runs = {method: run.sort_values("id") for method, run in group.groupby("method", sort=False)}
+            first = next(iter(runs))
+            asked = weights[:, np.searchsorted(questions, runs[first]["id"])]
+            for method, run in runs.items():
+                if list(run["id"]) != list(runs[first]["id"]):
+                    raise ValueError(f"{first} and {method} of {task}, trained on {trained_on}, seed {seed}, were not tested on the same questions")
+                for metric, values in metrics(run, asked).items():
+                    draws.setdefault((trained_on, task, method, metric), {})[seed] = values
     return draws
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-13
@@ -301,8 +304,11 @@ def paper_table(
     folder=None,  # folder with table01.csv; default data/paper beside settings.ini
 ):  # DataFrame with columns method, dataset, metric and those that the table prints
     "A table of the paper as it was printed, in long form."
-    folder = Path(folder) if folder else find_settings().parent / "data" / "paper"
-    return pd.read_csv(folder / f"table{number:02d}.csv")
+    return pd.read_csv((Path(folder) if folder else _paper_folder()) / f"table{number:02d}.csv")
+
+
+def _paper_folder():
+    return find_settings().parent / "data" / "paper"
 
 
 def paper_column(number):
@@ -564,17 +570,18 @@ def training_table(
     paper,  # paper_column(12)
 ):  # DataFrame: task, method, seconds, sd, tokens_per_second, peak_memory_mb, rows, epochs, seconds_per_row_epoch, inverted_pairs [%], ratio, seeds, resumed, paper [min]
     "Table 12 of the paper, with what it leaves out."
-    times = _times(training)
-    table = times[times["trained_on"].isin(tasks)].rename(columns={"trained_on": "task"}).groupby(["task", "method"], sort=False).agg(
+    keys, runs = ["task", "method"], training[training["trained_on"].isin(tasks) & training["chosen"].astype(bool)].rename(columns={"trained_on": "task"})
+    times = _times(runs.rename(columns={"task": "trained_on"})).rename(columns={"trained_on": "task"}).groupby(keys, sort=False).agg(
         seconds=("seconds", "mean"), sd=("seconds", "std"), tokens_per_second=("speed", "mean"), peak_memory_mb=("memory", "mean"),
         rows=("rows", "mean"), epochs=("epochs", "mean"), seconds_per_row_epoch=("step", "mean"), inverted_pairs=("inverted", "mean"),
-        seeds=("seed", "nunique")).reset_index()
+        seeds=("seed", "nunique"))
+    # A method whose runs were all resumed keeps its row: it is left out by name, not unseen.
+    table = runs[runs["train_seconds"].notna()][keys].drop_duplicates().merge(times, on=keys, how="left").astype({"seeds": float}).fillna({"seeds": 0})
     ratios = time_ratios(training, [(m, "dpo_matched", "step_time") for m in METHODS]).rename(columns={"a": "method", "difference": "ratio"})
-    chosen = training[training["chosen"].astype(bool)]
-    resumed = chosen.assign(resumed=chosen["resumed"] == True).groupby(["trained_on", "method"])["resumed"].sum()  # noqa: E712
-    table = table.merge(ratios[["task", "method", "ratio"]], on=["task", "method"], how="left")
+    resumed = runs.assign(resumed=runs["resumed"] == True).groupby(keys)["resumed"].sum()  # noqa: E712
+    table = table.merge(ratios[["task", "method", "ratio"]], on=keys, how="left")
     table["resumed"] = [int(resumed.get((t, m), 0)) for t, m in zip(table["task"], table["method"])]
-    return table.merge(paper.drop(columns=["metric", "hardware", "epochs"]), on=["task", "method"], how="left")
+    return table.merge(paper.drop(columns=["metric", "hardware", "epochs"]), on=keys, how="left")
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-29
 def training_markdown(
@@ -595,7 +602,7 @@ def training_markdown(
         budget = f"{span(rows['rows'], '.0f')} × {span(rows['epochs'], 'g')}"
         cells = [span(rows["seconds"], ".1f"), span(rows["tokens_per_second"], ".0f"), span(rows["peak_memory_mb"], ".0f"), budget,
                  span(1000 * rows["seconds_per_row_epoch"], ".2f"), span(rows["ratio"], ".2f"), span(rows["inverted_pairs"], ".1f"),
-                 f"{rows['seeds'].sum()}", f"{rows['resumed'].sum()}", span(rows["paper"], ".0f")]
+                 f"{rows['seeds'].sum():.0f}", f"{rows['resumed'].sum()}", span(rows["paper"], ".0f")]
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join(lines if len(table) else [note, "", "No runs that know their time."]) + "\n"
 
@@ -711,14 +718,14 @@ CLAIMS = (
     Claim("ts-mixed", "Temperature scaling improves the ECE of SFT inconsistently", "4.2, Tables 1 and 2", "sft_ts", ("sft",), where="both", over="mixed"),
     Claim("ls-mixed", "Label smoothing improves the ECE of SFT inconsistently", "4.2, Tables 1 and 2", "sft_ls", ("sft",), where="both", over="mixed"),
     Claim("rcft-mixed", "RCFT improves the ECE of DPO inconsistently", "4.2, Tables 1 and 2", "rcft", ("dpo",), where="both", over="mixed"),
-    Claim("rcft-ece", "RCFT lowers the ECE of DPO", "4.2, Table 1", "rcft", ("dpo",)),
+    Claim("rcft-ece", "RCFT lowers the ECE of DPO", "4.2, Table 1", "rcft", ("dpo",), same_rate=True),
     Claim("bce-ece", "DPO + BCE lowers the ECE of DPO", "4.2, Table 1", "dpo_bce", ("dpo",), control=True),
-    Claim("rcft-cost-accuracy", "RCFT sometimes costs accuracy", "4.2, Table 1", "rcft", ("dpo",), "accuracy", over="some"),
+    Claim("rcft-cost-accuracy", "RCFT sometimes costs accuracy", "4.2, Table 1", "rcft", ("dpo",), "accuracy", over="some", same_rate=True),
     Claim("bce-cost-accuracy", "DPO + BCE sometimes costs accuracy", "4.2, Table 1", "dpo_bce", ("dpo",), "accuracy", over="some", control=True),
     Claim("catto-ece", "CATTO lowers the ECE of DPO on every data set", "Abstract, Table 1", "dpo_catto", ("dpo",), control=True, same_rate=True),
     Claim("catto-accuracy", "CATTO keeps the accuracy of DPO, or improves it", "Abstract, Table 1", "dpo_catto", ("dpo",), "accuracy", +1, limit=_KEPT, control=True,
           same_rate=True),
-    Claim("catto-rcft", "CATTO has a lower ECE than RCFT on every data set", "4.2, Table 1", "dpo_catto", ("rcft",)),
+    Claim("catto-rcft", "CATTO has a lower ECE than RCFT on every data set", "4.2, Table 1", "dpo_catto", ("rcft",), same_rate=True),
     Claim("catto-bce", "CATTO has a lower ECE than DPO + BCE on every data set", "Abstract, Table 1", "dpo_catto", ("dpo_bce",)),
     Claim("catto-drops", "Where RCFT and DPO + BCE both lose accuracy against DPO, CATTO loses less", "4.2, Table 1", "dpo_catto", ("rcft", "dpo_bce"),
           "accuracy", +1, only=(("rcft", "dpo"), ("dpo_bce", "dpo"))),
@@ -790,18 +797,26 @@ def claimed_pairs(
     return [p for p in wanted if not p[2].endswith("_time")], [p for p in wanted if p[2].endswith("_time")]
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-37
-def _cells(claim, of, places):
-    "(place, state, rows against each b) of every task that the claim is about and the runs can judge."
+def _lost(absent, metric):
+    "(trained_on, task, method) of which a seed diverged or is missing; nothing for times, which look at finished runs."
+    rows = absent[(absent["what"] == "candidates") == metric.startswith("confidence@")]
+    return set() if metric.endswith("_time") else set(zip(rows["trained_on"], rows["task"], rows["method"]))
+
+
+def _cells(claim, of, places, lost):
+    "(place, state, rows against each b) of every task that the claim is about; one with a lost run may count against a claim, never for it."
     for trained_on, task in places:
         inside = trained_on == task
         if claim.where != "both" and inside != (claim.where == "in"):
             continue
         condition = [of(trained_on, task, a, b, claim.metric) for a, b in claim.only]
         rows = [of(trained_on, task, claim.a, b, claim.metric) for b in claim.b]
-        if None in rows or None in condition or any(row["difference"] >= 0 for row in condition):
+        gone = any((trained_on, task, method) in lost for method in (claim.a, *claim.b))
+        if None in condition or any(row["difference"] >= 0 for row in condition) or (None in rows and not gone):
             continue
+        rows = [row for row in rows if row]
         ends = [sorted(claim.side * (row[end] - claim.limit) for end in ("low", "high")) for row in rows]  # above 0: the claimed side
-        state = "holds" if all(low > 0 for low, _ in ends) else "contradicted" if any(high < 0 for _, high in ends) else "open"
+        state = "holds" if all(low > 0 for low, _ in ends) and not gone else "contradicted" if any(high < 0 for _, high in ends) else "open"
         yield task if inside else f"{task} from {trained_on}", state, rows
 
 
@@ -819,9 +834,10 @@ def _evidence(claim, cells):
     "The numbers behind a verdict."
     count = {state: sum(s == state for _, s, _ in cells) for state in ("holds", "contradicted", "open")}
     # Against several methods the row nearest to failing is the one that decides.
-    worst = [(min(rows, key=lambda row: claim.side * row["difference"]), place) for place, _, rows in cells]
+    worst = [(min(rows, key=lambda row: claim.side * row["difference"]), place) for place, _, rows in cells if rows]
     form = "{:.2f}" if claim.metric.endswith("_time") else "{:+.1f}"
     text = "; ".join(f"{place} {form.format(r['difference'])} ({form.format(r['low'])} to {form.format(r['high'])})" for r, place in worst)
+    text = "; ".join(filter(None, [text, *(f"{place} diverged or missing" for place, _, rows in cells if not rows)]))
     return count, text
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-38
@@ -829,13 +845,15 @@ def verdicts(
     contrasts,  # of contrasts_of and time_ratios, one below the other
     claims=CLAIMS,  # which claims
     same_rate=False,  # True: the contrasts are those at one learning rate, and the claims those that are judged again there
+    absent=_NO_ABSENT,  # of load_runs: runs that diverged or are missing
 ):  # DataFrame: id, claim, place, rule, tasks, holds, contradicted, open, smallest, largest, evidence, verdict
     "What the runs say about each claim, by the rules above."
     of = _finder(contrasts, ("trained_on", "task", "a", "b", "metric"))
-    places, rows = list(dict.fromkeys(zip(contrasts["trained_on"], contrasts["task"]))), []
-    there = {*contrasts["a"], *contrasts["b"]}
+    places, rows = list(dict.fromkeys([*zip(contrasts["trained_on"], contrasts["task"]), *zip(absent["trained_on"], absent["task"])])), []
+    there = {*contrasts["a"], *contrasts["b"], *absent["method"]}
     for claim in _asked(claims, same_rate):
-        cells = [] if claim.untestable else list(_cells(claim, of, places))
+        cells = [] if claim.untestable else list(_cells(claim, of, places, _lost(absent, claim.metric)))
+        cells = cells if any(found for *_, found in cells) else []
         count, evidence = _evidence(claim, cells)
         values = [row["difference"] for _, _, found in cells for row in found]
         lacking = [m for m in dict.fromkeys((claim.a, *claim.b)) if m and m not in there]
@@ -858,17 +876,19 @@ GOALS = (  # id, text, in or out of distribution, metric, share by which it must
 )
 
 
-def _goal_cells(contrasts, table, where, metric, share, points, a, b):
-    "(task, met, evidence) of every task that has both methods."
+def _goal_cells(contrasts, table, where, metric, share, points, a, b, lost):
+    "(task, met, evidence) of every task that has both methods, or should have them; no evidence where they are lost."
     of = _finder(table)
+    gone = {task for trained_on, task, method in lost if method in (a, b) and (trained_on == task) == (where == "in")}
     rows = contrasts[(contrasts["a"] == a) & (contrasts["b"] == b) & (contrasts["metric"] == metric)]
     for row in rows[(rows["trained_on"] == rows["task"]) == (where == "in")].to_dict("records"):
         base = of(row["task"], b, metric)
         if base is None or np.isnan(row["difference"]):
             continue
         fall, interval = -row["difference"] / base["mean"], f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
-        met = row["difference"] >= -points if points is not None else fall >= share and row["high"] < 0
+        met = row["task"] not in gone and row["difference"] >= -points if points is not None else row["task"] not in gone and fall >= share and row["high"] < 0
         yield row["task"], met, f"{row['task']} {interval}" + ("" if points is not None else f", {-fall:+.0%}")
+    yield from ((task, False, "") for task in sorted(gone - set(rows["task"])))
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-40
 def goals(
@@ -877,6 +897,7 @@ def goals(
     a="dpo_catto_label",  # the method with the goals
     b="dpo_matched",  # what it is held against
     same_rate=False,  # True: contrasts and table are those at one learning rate; only "in" is judged again there
+    absent=_NO_ABSENT,  # of load_runs: runs that diverged or are missing
 ):  # DataFrame: id, claim, rule, tasks, holds, evidence, verdict ("met", "partly", "not met", "cannot be tested here")
     "The project's own goals, judged by the rules above."
     rows = []
@@ -884,11 +905,12 @@ def goals(
         if same_rate and where != "in":
             continue
         name, text = (name + SAME_RATE, text + ", at one learning rate") if same_rate else (name, text)
-        cells = list(_goal_cells(contrasts, tables[where], where, metric, share, points, a, b))
+        cells = list(_goal_cells(contrasts, tables[where], where, metric, share, points, a, b, _lost(absent, metric)))
+        cells = cells if any(evidence for *_, evidence in cells) else []
         holds, rule = sum(met for _, met, _ in cells), f"at least {-points:+g} points" if points is not None else f"lower by {share:.0%} or more, 95% interval below 0"
         verdict = "cannot be tested here" if not cells else "met" if holds >= max(1, len(cells) - may_fail) else "partly" if holds else "not met"
         rows.append({"id": name, "claim": text, "place": "goal", "rule": f"{_NAMES[metric]} of {a} − {b}: {rule}", "tasks": len(cells), "holds": holds,
-                     "evidence": "; ".join(e for *_, e in cells) or f"the runs lack {a} or {b}", "verdict": verdict})
+                     "evidence": "; ".join(e or f"{task} diverged or missing" for task, _, e in cells) or f"the runs lack {a} or {b}", "verdict": verdict})
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_report.ipynb #samerate2
@@ -985,7 +1007,7 @@ def results_markdown(
     lines = [f"Accuracy / ECE-{bins[0]} in points, {about}. `dpo_matched` is DPO on the pairs and epochs of CATTO.", "",
              *_grid_lines(methods, tasks, lambda t, m: f"{_value(of(t, m, 'accuracy'), spread=False)} / {_value(of(t, m, 'ece'), spread=False)}")]
     floor = methods[-1]
-    lines += ["| *noise floor of ECE* | " + " | ".join(_value(of(t, floor, "ece"), "floor", False) for t in tasks) + " |", "",
+    lines += [f"| *noise floor of ECE, `{floor}`* | " + " | ".join(_value(of(t, floor, "ece"), "floor", False) for t in tasks) + " |", "",
               "Paired differences, with the 95% interval over test questions:", "", "| difference | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     for a, b, metric in MAIN_CONTRASTS:
         cells = [difference(t, a, b, metric) for t in tasks]
@@ -1292,7 +1314,7 @@ def _other_tables(settings, results):
     table = training_table(runs.training, settings.tasks, paper_column(12))
     tables[12] = table, training_markdown(table, f"Table 12: training on profile `{settings.profile}`, {_what(settings)}. From the smallest to the "
                                           "largest task, means over seeds. Seconds of the processor, or of the clock where a GPU "
-                                          "trains. The paper's minutes are an A100's.")
+                                          "trains, without loading, tokenising and the one pass of DPO's reference. The paper's minutes are an A100's.")
     return tables
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-55
@@ -1313,9 +1335,9 @@ def _same_rate_text(settings, same_rate):
 
 def _findings(results, tables):
     "Verdicts and goals, one below the other; what is judged again at one learning rate stands below its first line."
-    same = results.same_rate
-    frames = [verdicts(results.contrasts), goals(results.contrasts, {"in": tables[1][0], "out": tables[2][0]}),
-              verdicts(same.contrasts, same_rate=True), goals(same.contrasts, {"in": same.table}, same_rate=True)]
+    same, absent = results.same_rate, results.runs.absent
+    frames = [verdicts(results.contrasts, absent=absent), goals(results.contrasts, {"in": tables[1][0], "out": tables[2][0]}, absent=absent),
+              verdicts(same.contrasts, same_rate=True, absent=same.absent), goals(same.contrasts, {"in": same.table}, same_rate=True, absent=same.absent)]
     judged = pd.concat(frames, ignore_index=True)
     return judged.iloc[np.argsort(pd.factorize(judged["id"].str.removesuffix(SAME_RATE))[0], kind="stable")].reset_index(drop=True)
 
@@ -1354,7 +1376,8 @@ def write_report(
     target = Path(root) / "figures" / settings.profile
     path = Path(root) / "data" / "runs" / settings.profile / "report.json"
     names = ("tasks", "ood_task", "seeds", "methods", "candidate_counts", "preference_learning_rates", "ece_bins", "bootstrap_resamples")
-    key = {"step": "report", "inputs": _inputs(settings, root), "settings": {name: getattr(settings, name) for name in names},
+    printed = {file.name: file_hash(file) for file in sorted(_paper_folder().glob("table*.csv"))}
+    key = {"step": "report", "inputs": _inputs(settings, root), "paper": printed, "settings": {name: getattr(settings, name) for name in names},
            "code": code_hash("confidence", "eval", "methods", "report", "settings")}
 
     def work():

@@ -186,9 +186,12 @@ def test_transfer_numbers(settings, written):
 def test_without_sweeps_nothing_old_is_shown(settings, planted):
     "Sweep runs of another day lie there, but this run did not ask for them."
     plain = replace(settings, sweeps=False)
+    figures(planted, plain).mkdir(parents=True, exist_ok=True)
+    (figures(planted, plain) / "recipe.md").write_text("the recipe of another day")
     manifest = write_experiments(plain, planted)
     assert manifest["parts"]["lambda_sweep"] == "Not run: `sweeps = false`."
     assert not any("lambda" in name or "recipe" in name for name in manifest["outputs"])
+    assert not [path.name for path in figures(planted, plain).iterdir() if "lambda" in path.name or "recipe" in path.name]
     pairs = pd.read_csv(figures(planted, plain) / "transfer.csv")[["trained_on", "tested_on"]].drop_duplicates()
     assert {tuple(pair) for pair in pairs.values} == {("snli", "snli"), ("anli", "anli"), *(("mmlu", task) for task in ("snli", "anli", "mmlu"))}
 

@@ -1,6 +1,7 @@
 """The report on runs that are made up: planted numbers must come out of tables, verdicts, signatures and errors."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -14,8 +15,8 @@ import pytest
 from catto.confidence import score_pool
 from catto.eval import expected_calibration_error
 from catto.methods import METHODS, grid
-from catto.report import (CLAIMS, GOALS, RATE_TABLES, Claim, claimed_pairs, compute_results, goals, headline, load_runs, results_markdown,
-                          rule_of, update_readme, verdicts, write_report)
+from catto.report import (CLAIMS, GOALS, RATE_TABLES, Claim, calibration_metrics, claimed_pairs, compute_results, goals, headline, load_runs, resample,
+                          results_markdown, rule_of, update_readme, verdicts, write_report)
 from catto.settings import file_hash, load, run_folder
 
 SHIFTS = {"sft": 0.10, "sft_ls": 0.06, "sft_ts": 0.05, "sft_ts_greedy": 0.04, "dpo": 0.20, "dpo_matched": 0.18, "rcft": 0.12, "dpo_bce": 0.15,
@@ -185,11 +186,13 @@ def test_learning_rates_per_seed_and_the_one_that_was_used(tmp_path):
 
 
 def test_times_leave_out_what_was_resumed(tmp_path):
-    settings = planted(tasks="snli", ood_task="", methods="sft dpo dpo_matched dpo_catto")
-    World(tmp_path, settings, facts={("snli", "dpo_catto", 0): {"train_seconds": 15.0}, ("snli", "dpo_catto", 1): {"train_seconds": 1.0, "resumed": True}}).make()
+    settings = planted(tasks="snli", ood_task="", methods="sft dpo dpo_matched dpo_bce dpo_catto")
+    World(tmp_path, settings, facts={("snli", "dpo_catto", 0): {"train_seconds": 15.0}, ("snli", "dpo_catto", 1): {"train_seconds": 1.0, "resumed": True},
+                                    ("snli", "dpo_bce", None): {"resumed": True}}).make()
     write_report(settings, tmp_path)
     rows = table(tmp_path / "figures/mini", 12).set_index("method")
     assert rows.loc["dpo_catto", ["seconds", "ratio", "seeds", "resumed", "paper"]].tolist() == [15, 1.5, 1, 1, 76]
+    assert rows.loc["dpo_bce", ["seeds", "resumed"]].tolist() == [0, 2] and np.isnan(rows.loc["dpo_bce", "seconds"])  # named, not unseen
     assert rows.loc["dpo", "seconds_per_row_epoch"] == pytest.approx(10 / 3000, rel=1e-4) and rows.loc["dpo_matched", "seconds_per_row_epoch"] == pytest.approx(10 / 1000)
     assert rows.loc["dpo_matched", "tokens_per_second"] == 10_000 and rows.loc["dpo_matched", "peak_memory_mb"] == 400
 
@@ -347,8 +350,8 @@ def test_every_method_at_one_rate_beside_the_rate_of_validation(rates):
 def test_second_lines_are_judged_at_one_rate_by_the_same_rules(rates):
     found = pd.read_csv(rates[2] / "findings.csv")
     by, again = found.set_index("id"), [i for i in found["id"] if i.endswith("-same-rate")]
-    assert again == [f"{i}-same-rate" for i in ("dpo-accuracy", "dpo-ece", "catto-closer-matched", "catto-ece-matched", "catto-accuracy-matched",
-                                                "goal-ece", "goal-accuracy", "goal-oracle")]
+    assert again == [f"{i}-same-rate" for i in ("dpo-accuracy", "dpo-ece", "catto-closer-matched", "rcft-ece", "rcft-cost-accuracy", "catto-ece-matched",
+                                                "catto-accuracy-matched", "catto-rcft", "goal-ece", "goal-accuracy", "goal-oracle")]
     for name in again:
         first = by.loc[name.removesuffix("-same-rate")]
         assert by.loc[name, "rule"] == first["rule"] and by.loc[name, "claim"] == first["claim"] + ", at one learning rate"
@@ -358,6 +361,48 @@ def test_second_lines_are_judged_at_one_rate_by_the_same_rules(rates):
     assert by.loc[["catto-ece-matched", "catto-ece-matched-same-rate"], "verdict"].tolist() == ["not reproduced"] * 2
     text = (rates[2] / "findings.md").read_text()
     assert "most benchmarks, at one learning rate (4.2, Table 1) | **reproduced**" in text and "every task, at one learning rate | **met**" in text
+
+
+def test_a_lost_run_may_count_against_a_claim_and_never_for_it():
+    claim = next(c for c in CLAIMS if c.id == "catto-ece")
+    row = {"a": "dpo_catto", "b": "dpo", "metric": "ece", "difference": -5.0, "low": -6.0, "high": -4.0, "seeds": 2}
+    found = pd.DataFrame([row | {"trained_on": t, "task": t} for t in ("snli", "tldr")])
+    lost = lambda *tasks, what="in distribution": pd.DataFrame([{"trained_on": t, "task": t, "method": "dpo_catto", "seed": 0, "what": what, "why": "diverged"}
+                                                                for t in tasks], columns=["trained_on", "task", "method", "seed", "what", "why"])
+    say = lambda absent: verdicts(found, [replace(claim, control=False)], absent=absent)[["verdict", "tasks", "holds"]].iloc[0].tolist()
+    assert say(lost()) == ["reproduced", 2, 2]
+    assert say(lost("anli")) == ["partly", 3, 2]  # no number at all
+    assert say(lost("snli")) == ["partly", 2, 1]  # one of its seeds
+    assert say(lost("anli", what="candidates")) == ["reproduced", 2, 2]  # another table's
+    goal = found.assign(a="dpo_catto_label", b="dpo_matched", difference=-15.0, low=-16.0, high=-14.0)
+    base = pd.DataFrame([{"task": t, "method": "dpo_matched", "metric": "ece", "mean": 20.0} for t in ("snli", "tldr")])
+    judge = lambda absent: goals(goal, {"in": base, "out": base}, absent=absent.assign(method="dpo_catto_label")).set_index("id").loc["goal-ece", ["verdict", "tasks", "holds"]].tolist()
+    assert judge(lost()) == ["met", 2, 2] and judge(lost("anli")) == ["partly", 3, 2] and judge(lost("snli")) == ["partly", 2, 1]
+
+
+def test_questions_that_seeds_share_are_drawn_once_for_all_of_them():
+    rng = np.random.default_rng(0)
+    z = rng.random(400) < 0.7
+    rows = lambda seed, ids: pd.DataFrame({"trained_on": "snli", "task": "snli", "method": "dpo", "seed": seed, "id": ids, "confidence": 0.9, "correct": z})
+    width = lambda frames: np.ptp(np.percentile(np.mean(list(resample(pd.concat(frames), calibration_metrics)["snli", "snli", "dpo", "accuracy"].values()), 0)[1:], [2.5, 97.5]))
+    one = width([rows(0, range(400))])
+    assert one == pytest.approx(100 * 2 * 1.96 * np.sqrt(z.mean() * (1 - z.mean()) / 400), rel=0.1)
+    assert width([rows(s, range(400)) for s in range(4)]) == pytest.approx(one, rel=1e-9)  # the same questions again say nothing new
+    assert width([rows(s, range(400 * s, 400 * s + 400)) for s in range(4)]) == pytest.approx(one / 2, rel=0.1)
+
+
+def test_the_papers_tables_are_an_input_of_the_report(tmp_path, monkeypatch):
+    settings = planted(tasks="snli", ood_task="", methods="sft dpo", test_questions=20, bootstrap_resamples=10)
+    World(tmp_path, settings).make()
+    shutil.copytree(Path(__file__).parents[1] / "data" / "paper", tmp_path / "paper")
+    monkeypatch.setattr("catto.report._paper_folder", lambda: tmp_path / "paper")
+    first = write_report(settings, tmp_path)
+    assert write_report(settings, tmp_path)["key"] == first["key"]
+    printed = tmp_path / "paper" / "table01.csv"
+    lines = printed.read_text().splitlines()
+    printed.write_text("\n".join([line.replace(line.split(",")[-1], "1.5") if line.startswith("dpo,snli,") else line for line in lines]) + "\n")
+    assert write_report(settings, tmp_path)["key"] != first["key"]
+    assert 1.5 in table(tmp_path / "figures/mini", 1)["paper"].tolist()
 
 
 def test_readme_counts_claims_by_the_papers_rule(rates):
