@@ -377,6 +377,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'catto.report._paper_folder': ('report.html#_paper_folder', 'catto/report.py'),
                               'catto.report._places': ('report.html#_places', 'catto/report.py'),
                               'catto.report._rates': ('report.html#_rates', 'catto/report.py'),
+                              'catto.report._recipe_block': ('report.html#_recipe_block', 'catto/report.py'),
                               'catto.report._remedy': ('report.html#_remedy', 'catto/report.py'),
                               'catto.report._runs_of': ('report.html#_runs_of', 'catto/report.py'),
                               'catto.report._same_rate': ('report.html#_same_rate', 'catto/report.py'),

@@ -16,6 +16,7 @@ __all__ = ['ANSWERS', 'CANDIDATES', 'FACTS', 'REFERENCES', 'METRICS', 'RATE_TABL
 
 # %% ../nbs/06_report.ipynb #23a2fcf4
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -1086,16 +1087,23 @@ def _findings_block(contrasts, judged, same_rate):
 # %% ../nbs/06_report.ipynb #23a2fcf4-44
 def update_readme(
     readme,  # path of the README
-    folder,  # folder with table01.csv, contrasts.csv, findings.csv and same_rate.csv; recipe.md if there is a recipe
+    folder,  # folder with table01.csv, contrasts.csv, findings.csv, same_rate.csv, and recipe.md if there was a sweep
 ):  # None
-    "Write the blocks `findings` and `results`, and `recipe` where README and folder have one. `ValueError`: a mark is missing."
+    "Write the blocks `findings` and `results`, and `recipe` where the README has one. `ValueError`: a mark is missing."
     names = ("table01.csv", "contrasts.csv", "findings.csv", "same_rate.csv")
     table, contrasts, judged, same_rate = (pd.read_csv(Path(folder) / name) for name in names)
     write_between(readme, "findings", _findings_block(contrasts, judged, same_rate))
     write_between(readme, "results", results_markdown(table, contrasts, same_rate))
-    recipe = Path(folder) / "recipe.md"
-    if recipe.is_file() and "<!-- recipe:" in Path(readme).read_text(encoding="utf-8"):
-        write_between(readme, "recipe", recipe.read_text(encoding="utf-8").strip())
+    if "<!-- recipe:" in Path(readme).read_text(encoding="utf-8"):
+        write_between(readme, "recipe", _recipe_block(Path(folder) / "recipe.md", Path(readme).parent))
+
+
+def _recipe_block(recipe, home):
+    "The recommended recipe in words, or why there is none."
+    if not recipe.is_file():
+        return "These results were made without the sweep of weights, which recommends a recipe: `make study` has it."
+    words = recipe.read_text(encoding="utf-8").partition("\n\n")[0]
+    return f"{words} The recipes beside it: [recipe.md]({Path(os.path.relpath(recipe, home)).as_posix()})."
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-45
 FIGURE1_METHODS = ("dpo", "rcft", "dpo_catto", "sft", "dpo_matched", "dpo_catto_label")  # the paper's row, then ours

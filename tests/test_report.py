@@ -604,6 +604,18 @@ def test_markdown_tables_have_as_many_cells_as_columns(study):
                 columns = None
 
 
+def test_the_readmes_recipe_is_that_of_these_results(study, tmp_path):
+    readme, figures = tmp_path / "README.md", tmp_path / "figures"
+    shutil.copytree(study[2], figures)
+    readme.write_text("".join(f"<!-- {name}: x -->\nstale\n<!-- /{name} -->\n" for name in ("findings", "results", "recipe")))
+    update_readme(readme, figures)
+    assert "made without the sweep" in readme.read_text() and "stale" not in readme.read_text()
+    (figures / "recipe.md").write_text("Recommended on validation: `bce`.\n\n| a | table |\n")
+    update_readme(readme, figures)
+    assert "Recommended on validation: `bce`. The recipes beside it: [recipe.md](figures/recipe.md)." in readme.read_text()
+    assert "| a | table |" not in readme.read_text() and "made without" not in readme.read_text()
+
+
 def test_update_readme_writes_only_between_its_marks(study, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("top\n<!-- findings: a -->\n<!-- /findings -->\nmiddle\n<!-- results: b -->\nstale\n<!-- /results -->\nend\n")
