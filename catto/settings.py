@@ -130,7 +130,7 @@ class Settings:
     sweep_tokens: tuple[str, ...] = setting(choices=("all", "label"))
     sweep_scales: tuple[float, ...] = setting(low=1e-6)
     sweep_betas: tuple[float, ...] = setting(low=1e-6)
-    parallel: str = setting(choices=("none", "ddp", "fsdp"))
+    parallel: str = setting(choices=("none", "ddp"))
     parallel_processes: int = setting(low=2)
     step_cores: int = setting(low=1)
     gpu_step_memory: int = setting(low=1)
@@ -259,9 +259,6 @@ def _check_together(values):
         if values[name] % values["parallel_processes"]:
             raise ValueError(f"setting 'parallel_processes' = {values['parallel_processes']}: a divisor of {name} = {values[name]} is accepted, "
                              f"because parallel = {values['parallel']} divides each batch")
-    if values["parallel"] == "fsdp" and (refused := [m for m in methods if m in ("sft_ls", "rcft")]):
-        raise ValueError(f"setting 'parallel' = 'fsdp' does not train {', '.join(refused)}, whose losses read weights of the output layer that "
-                         "lie in shares: leave them out of methods; none and ddp are accepted for them")
 
 # %% ../nbs/00a_settings.ipynb #23a2fcf4-8
 def quiet():

@@ -341,8 +341,7 @@ def _arguments(settings, seed, folder, kind, epochs):
 # %% ../nbs/03_train.ipynb #st0003
 def _sft_trainer(settings, method, rows, seed, folder, base, validation):
     model, tokenizer = base
-    args = SmoothedSFTConfig(**_arguments(settings, seed, folder, "sft", settings.sft_epochs), use_fused_head=settings.parallel != "fsdp",
-                             **METHODS[method].options(settings))
+    args = SmoothedSFTConfig(**_arguments(settings, seed, folder, "sft", settings.sft_epochs), **METHODS[method].options(settings))
     rows = rows.select_columns(["prompt", "completion"])
     return SmoothedSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
 
@@ -365,8 +364,7 @@ def _preference_trainer(settings, method, rows, seed, folder, base, validation):
         rows = rows.shuffle(seed=seed).select(range(min(settings.catto_pairs, len(rows))))
     shared = _arguments(settings, seed, folder, "preference", settings.catto_epochs if matched else settings.dpo_epochs)
     # The reference never changes: one pass, not one per epoch. At weight 0 calibration is logged all the same, for comparison.
-    own = {"calibration_weight": 0.0, "log_calibration": True, "beta": settings.beta, "use_fused_head": settings.parallel != "fsdp",
-           **METHODS[method].options(settings)}
+    own = {"calibration_weight": 0.0, "log_calibration": True, "beta": settings.beta, **METHODS[method].options(settings)}
     return CATTOTrainer(model=model, args=CATTOConfig(**shared, precompute_ref_log_probs=True, **own),
                         train_dataset=rows.select_columns(["prompt", "chosen", "rejected"]), processing_class=tokenizer)
 
@@ -541,8 +539,7 @@ def _train(trainer, done):
 
 
 def _finite(trainer):
-    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters())  # FSDP keeps shares
-    return all(bool(p.isfinite().all()) for p in whole)
+    return all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def _log(trainer):
@@ -559,29 +556,23 @@ def _write_log(folder, trainer):
 def _keep(folder, checkpoint, predictions):
     "Copy the best checkpoint's model and tokenizer, write the predictions; the files of the training."
     shutil.rmtree(folder / "model", ignore_errors=True)
-    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole", "rcft", "pytorch_model_fsdp")
+    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole", "rcft")
     shutil.copytree(checkpoint, folder / "model", ignore=shutil.ignore_patterns(*(f"{name}*" for name in state)))
     predictions.to_parquet(folder / "predictions_validation.parquet", index=False)
     return [folder / "training_log.csv", folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
 
 # %% ../nbs/03_train.ipynb #launch01
 def launch_configuration(
-    settings,  # Settings; parallel and parallel_processes are used
+    settings,  # Settings; parallel_processes is used
 ):  # dict, as `accelerate launch --config_file` reads it
     "One machine, a process for each GPU; a configuration of the user's own changes nothing."
-    shared = dict(compute_environment="LOCAL_MACHINE", num_machines=1, num_processes=settings.parallel_processes, main_process_port=0,
-                  mixed_precision="no", use_cpu=False, debug=False)  # precision is an argument of the trainer
-    if settings.parallel == "ddp":
-        return shared | dict(distributed_type="MULTI_GPU")
-    return shared | dict(distributed_type="FSDP", fsdp_config=dict(
-        fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_state_dict_type="FULL_STATE_DICT"))
+    return dict(compute_environment="LOCAL_MACHINE", distributed_type="MULTI_GPU", num_machines=1, num_processes=settings.parallel_processes,
+                main_process_port=0, mixed_precision="no", use_cpu=False, debug=False)  # precision is an argument of the trainer
 
 # %% ../nbs/03_train.ipynb #launch05
 def _launch(*arguments):
     "`_fit` in several processes. Raises `ChildProcessError` with the end of what they printed when one fails."
     settings, folder = arguments[0], arguments[4]
-    if settings.parallel == "fsdp" and not torch.cuda.is_available():
-        raise ValueError("setting 'parallel' = 'fsdp' needs GPUs and there are none: none and ddp are accepted")
     whole_checkpoints(folder / "checkpoints")  # removes what is damaged, once
     torch.cuda.empty_cache()
     folder.mkdir(parents=True, exist_ok=True)
