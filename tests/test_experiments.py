@@ -25,7 +25,7 @@ def settings():
     "Two tasks, two seeds, a sweep of a few runs."
     return replace(load("smoke"), tasks=TASKS, ood_task="mmlu", seeds=(0, 1), sweeps=True, sweep_seeds=(0, 1), sweep_weights=(0.0, 0.1, 1.0),
                    sweep_forms=("linear", "bce"), sweep_tokens=("all", "label"), sweep_scales=(1.0, 2.0), sweep_betas=(0.1, 0.5), beta=0.1,
-                   preference_learning_rates=(1e-4,), bootstrap_resamples=50,
+                   preference_learning_rates=(1e-4,), bootstrap_resamples=50, label_weight=0.1, label_form="bce", label_scale=1.0,
                    methods=("sft", "dpo", "dpo_matched", "rcft", "dpo_bce", "dpo_catto", "dpo_catto_label", "cal_dpo", "cal_dpo_ipo"))
 
 
