@@ -230,12 +230,12 @@ def plot_sweep(
         _panel(ax, swept[(swept["form"] == forms[column]) & (swept["tokens"] == tokens)], metric, reference, places)
         ax.set_xticks(range(len(weights)), [f"{w:g}" for w in weights], fontsize="small")
         ax.spines[["top", "right"]].set_visible(False)
-        if metric == "ece":
-            ax.set_ylim(0)
         if row == 0:
             ax.set_title(forms[column])
         if column == 0:
             ax.set_ylabel(f"{'ECE' if metric == 'ece' else metric} [points]\n{'all tokens' if tokens == 'all' else 'label token'}")
+    for ax in axes[::2].flat:  # after all are drawn: a limit set before would cut off what a neighbour draws on the shared axis
+        ax.set_ylim(0)
     fig.supxlabel("weight $\\lambda$", fontsize="medium")
     labels = dict(zip(*reversed([sum(parts, []) for parts in zip(*(ax.get_legend_handles_labels() for ax in axes.flat))])))
     fig.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize="small")
