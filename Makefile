@@ -7,6 +7,7 @@ SWEEPS  ?=#             true: the weight sweep and the transfer between all task
 JOBS    ?= 2#           steps that may run at the same time
 GPUS    ?= 1#           of these, steps that may take a GPU
 CONFIG  ?=#             further words for snakemake --config, each name=value
+SAMPLES ?=#             folder with rows of the six data sets, for rehearse; see nbs/09a_rehearsal.ipynb
 
 SHELL    := /bin/bash
 BIN      := $(CURDIR)/.venv/bin
@@ -26,6 +27,7 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME MPLBACKEND
 
 # Steps that snakemake starts find papermill on the PATH. Only the paper profile may reach the hub.
 OFFLINE   := HF_HUB_OFFLINE=1
+REHEARSAL := $(CURDIR)/data/rehearsal
 ONE_CORE  := $(OFFLINE) OMP_NUM_THREADS=1
 SNAKEMAKE  = env PATH="$(BIN):$$PATH" $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) \
              "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --resources gpu=$(GPUS) --nolock --rerun-incomplete
@@ -33,7 +35,7 @@ WORDS      = profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))"
 # check: name and take back what was damaged; show: how far the run is
 STATUS     = "$(BIN)/python" -c 'import sys; from catto.status import main; sys.exit(main(*sys.argv[1:]))'
 
-.PHONY: help venv export test smoke reproduce study status plan teacher-plan bench bench-gpu readme lab notebooks clean
+.PHONY: help venv export test smoke reproduce study status plan teacher-plan rehearse bench bench-gpu readme lab notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,9 +56,15 @@ status: $(STAMP) ## say what is done, running and left, at any moment and from a
 smoke: ## the same in its smallest form (PROFILE=smoke)
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
-plan: $(STAMP) ## say what reproduce would run, and run nothing
+plan: $(STAMP) ## say what reproduce would run and what that takes, and run nothing
 	@set -o pipefail; $(SNAKEMAKE) --dry-run --quiet host reason rules --config $(WORDS) | awk '/^Job stats/ { tables++ } tables < 2'
-	@echo "GPU hours and disk: not measured yet. Cost of a paid teacher: make teacher-plan PROFILE=$(PROFILE)"
+	@$(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'import sys; from catto.settings import quiet; quiet(); \
+	  from catto.plan import main; sys.exit(main(*sys.argv[1:]))' $(WORDS)
+
+rehearse: $(STAMP) ## take every step of PROFILE once, small, into data/rehearsal/: sample rows, a random model [PROFILE=paper SAMPLES=<folder>]
+	@$(OFFLINE) "$(BIN)/python" -c 'import sys; from catto.settings import quiet; quiet(); \
+	  from catto.rehearsal import main; sys.exit(main(*sys.argv[1:]))' "$(REHEARSAL)" "$(PROFILE)" "$(SAMPLES)"
+	@$(MAKE) --no-print-directory reproduce PROFILE=rehearsal GPUS=$(JOBS) CONFIG="settings=$(REHEARSAL)/settings.ini root=$(REHEARSAL)"
 
 teacher-plan: $(STAMP) ## count the requests to the teacher that are left, with their price, and send nothing
 	@$(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'import sys; from catto.settings import load, quiet; quiet(); \
@@ -94,8 +102,8 @@ readme: $(STAMP) ## write results, claims, paper map and bench into README.md
 lab: $(STAMP) ## open JupyterLab in nbs/
 	cd nbs && "$(BIN)/jupyter-lab"
 
-clean: ## remove .venv, data/runs and caches; tables and figures stay
-	rm -rf .venv data/runs .snakemake .pytest_cache build dist catto.egg-info
+clean: ## remove .venv, data/runs, data/rehearsal and caches; tables and figures stay
+	rm -rf .venv data/runs data/rehearsal .snakemake .pytest_cache build dist catto.egg-info
 	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

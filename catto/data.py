@@ -7,10 +7,10 @@ __all__ = ['TASKS', 'COLUMNS', 'TEMPLATE', 'ANSWER_PREFIX', 'CLUES', 'OBJECTS', 
            'Task', 'validate_questions', 'format_prompt', 'system_prompt', 'format_response', 'parse_answer',
            'parse_reasoning', 'label_token', 'object_effects', 'subject_sharpness', 'world_posterior', 'question_key',
            'mini_question', 'UnusableRow', 'clean_text', 'HubData', 'draft_row', 'shuffle_options', 'draft_rows',
-           'adapt_rows', 'source_facts', 'deal_groups', 'load_questions', 'check_leakage', 'label_first_tokens',
-           'check_chat_template', 'check_tokenizer', 'prompt_lengths', 'Teacher', 'SamplingTeacher', 'RehearsalTeacher',
-           'EndpointTeacher', 'build_sft', 'build_preferences', 'make_teacher', 'hub_revision', 'prepare_data',
-           'teacher_plan']
+           'adapt_rows', 'source_facts', 'deal_groups', 'load_questions', 'read_questions', 'check_leakage',
+           'label_first_tokens', 'check_chat_template', 'check_tokenizer', 'prompt_lengths', 'Teacher',
+           'SamplingTeacher', 'RehearsalTeacher', 'EndpointTeacher', 'build_sft', 'build_preferences', 'make_teacher',
+           'hub_revision', 'prepare_data', 'teacher_plan']
 
 # %% ../nbs/02_data_gen.ipynb #23a2fcf4
 import functools
@@ -66,6 +66,23 @@ def _task(name):
         raise ValueError(f"unknown task {name!r}: accepted are {', '.join(TASKS)}")
     return TASKS[name]
 
+
+_WORDS = ("role", "description", "annotation")
+
+
+def _words(question):
+    "The words of a question's prompt: its own where it carries them, else those of its task. Raises `ValueError` without either."
+    own = {name: question.get(name) for name in _WORDS}
+    if not any(own.values()):
+        if question["task"] not in TASKS:
+            raise ValueError(f"unknown task {question['task']!r}: accepted are {', '.join(TASKS)}, or any name for a question that carries "
+                             "its own role, description and annotation")
+        return {name: getattr(TASKS[question["task"]], name) for name in _WORDS}
+    for name, text in own.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name} = {text!r}: a text is accepted; a question carries role, description and annotation, or none of them")
+    return own
+
 # %% ../nbs/02_data_gen.ipynb #23a2fcf4-4
 COLUMNS = ("id", "task", "prompt", "options", "choices", "label", "split")
 
@@ -80,7 +97,7 @@ def validate_questions(
     for row in rows:
         if missing := [c for c in COLUMNS if c not in row]:
             raise ValueError(f"questions lack the columns {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
-        _task(row["task"])
+        _words(row)
         reason = _fault(row)
         if reason:
             raise ValueError(f"question {row['id']!r}: {reason}")
@@ -124,16 +141,13 @@ Please respond in the following format:
 
 
 def format_prompt(
-    question,  # a row with task, prompt, options, choices
+    question,  # a row with task, prompt, options, choices, and role, description, annotation where it has its own
 ):  # text that ends where the model starts to write
     "The paper's prompt for one question (appendix B). Raises `ValueError` for an unknown task."
-    task = _task(question["task"])
     text = TEMPLATE.format(
-        role=task.role,
+        **_words(question),
         n=len(question["options"]),
         choices=", ".join(question["options"]),
-        description=task.description,
-        annotation=task.annotation,
         query=question["prompt"],
     )
     return text + "".join(f"{o}: {c}\n" for o, c in zip(question["options"], question["choices"] or []))
@@ -709,6 +723,101 @@ def load_questions(
         dropped.update(counts)
     return Dataset.from_list(list(validate_questions(rows)))
 
+# %% ../nbs/02_data_gen.ipynb #own0001
+_OWN = {  # field of a line -> how it is read
+    "prompt": lambda row: clean_text(row["prompt"], "prompt"),
+    "label": lambda row: clean_text(row["label"], "label", lines=False),
+    "options": lambda row: _texts(row["options"], "options", lines=False),
+    "choices": lambda row: _texts(row["choices"], "choices"),
+    "id": lambda row: _name(row, "id"),
+    "split": lambda row: clean_text(row["split"], "split", lines=False),
+}
+
+
+def _own_row(
+    line,  # text of one line
+    options,  # labels for a line without its own, or None
+):  # dict of the fields in _OWN; id and split may be None
+    "One line of a file of one's own. Raises `ValueError` that names the field and what is accepted."
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"it is of type {type(row).__name__}; an object with the fields {', '.join(_OWN)} is accepted")
+    given = {name: row[name] for name in _OWN if row.get(name) is not None}
+    given = {"choices": []} | ({} if options is None else {"options": list(options)}) | given
+    for name, hint in (("prompt", ""), ("label", ""), ("options", ", or give options= for the whole file")):
+        if name not in given:
+            raise ValueError(f"field {name!r} is missing{hint}; there are {', '.join(row) or 'none'}")
+    for name in given:
+        try:
+            given[name] = _OWN[name](given)
+        except TypeError as error:
+            raise ValueError(f"field {error}") from None
+        except UnusableRow as reason:
+            raise ValueError(f"field {name!r}: {reason}, which no prompt may hold") from None
+    if given.get("split", "train") not in SPLITS:
+        raise ValueError(f"field 'split' is {given['split']!r}; accepted are {', '.join(SPLITS)}")
+    return {"id": None, "split": None} | given
+
+# %% ../nbs/02_data_gen.ipynb #own0003
+def _own_faults(
+    rows,  # dict line number -> row of `_own_row`
+):  # dict line number -> what is wrong with it
+    "Faults of single rows, and of rows that do not go together."
+    faults, first, ids = {}, {}, {}
+    some_split = any(row["split"] for row in rows.values())
+    for number, row in rows.items():
+        twin = first.setdefault(question_key(row), number)
+        namesake = ids.setdefault(row["id"], number) if row["id"] else number
+        if reason := _fault(row) or _unreadable(row):
+            faults[number] = reason
+        elif twin != number:
+            faults[number] = f"the question of line {twin} again; each question is accepted once"
+        elif namesake != number:
+            faults[number] = f"field 'id': {row['id']!r} is the id of line {namesake}; each id is accepted once"
+        elif some_split and not row["split"]:
+            faults[number] = f"field 'split' is missing, and other lines have it; accepted are {', '.join(SPLITS)}, in all lines or in none"
+    return faults
+
+
+def _unreadable(row):
+    "Names a label that would not be found in an answer that gives it, or ''."
+    for label in row["options"]:
+        if parse_answer(format_response("", label), row["options"], row["choices"]) != label:
+            return f"field 'options': {label!r} cannot be read back from an answer; a label without brackets, quotes or a full stop at its ends is accepted"
+    return ""
+
+# %% ../nbs/02_data_gen.ipynb #own0004
+def read_questions(
+    path,  # .jsonl file: on each line an object with prompt and label, and as needed options, choices, id, split
+    *,
+    role,  # completes "You are an ...", such as "expert in customer support"
+    description,  # what is asked, such as "select the team that should answer"
+    annotation="Question",  # what the query is called in the prompt
+    options=None,  # label set of the lines without options of their own
+    task="own",  # name of the data set, for ids and prediction rows
+):  # Dataset with the columns of a question, and role, description, annotation
+    """Questions of one's own. The file says which split a line is in, or their contents do: 3 of 5 train, 1 validation, 1 test.
+    Raises `FileNotFoundError`, and `ValueError` that names file, line, field and what is accepted."""
+    file, rows, faults = Path(path), {}, {}
+    words = _words({"task": task, "role": role, "description": description, "annotation": annotation})
+    if not file.is_file():
+        raise FileNotFoundError(f"file of questions {str(path)!r} does not exist")
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:  # a byte that is no UTF-8 is found by `clean_text`
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    rows[number] = _own_row(line, options)
+            except ValueError as error:  # of json too
+                faults[number] = str(error)
+    faults |= _own_faults(rows)
+    if faults:
+        told = "; ".join(f"line {number}: {faults[number]}" for number in sorted(faults)[:3])
+        raise ValueError(f"{file.name}: {len(faults)} of {len(rows.keys() | faults)} lines cannot be used: {told}")
+    keys = {number: question_key(row) for number, row in rows.items()}
+    return Dataset.from_list(list(validate_questions([
+        {**row, "id": row["id"] or f"{task}-{_digest(keys[number])}", "task": task, **words, "split": row["split"] or _content_split(keys[number])}
+        for number, row in rows.items()])))
+
 # %% ../nbs/02_data_gen.ipynb #23a2fcf4-19
 def check_leakage(
     train,  # training questions
@@ -765,13 +874,14 @@ def check_chat_template(
 # %% ../nbs/02_data_gen.ipynb #rd003b
 def check_tokenizer(
     tokenizer,  # tokenizer of the model
-    tasks=tuple(TASKS),  # tasks whose label sets are checked
+    tasks=tuple(TASKS),  # tasks whose label sets are checked, or a dict name -> label set of one's own
     chat=True,  # check the chat template too, if there is one
 ):  # dict task -> `label_first_tokens`
     "Raise `ValueError` for a missing pad token, for labels that share their first token, and for a chat template that spoils the thinking part."
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token, to a token that is not the end token")
-    found = {task: label_first_tokens(tokenizer, _task(task).labels) for task in tasks}
+    labels = tasks if isinstance(tasks, dict) else {task: _task(task).labels for task in tasks}
+    found = {name: label_first_tokens(tokenizer, own) for name, own in labels.items()}
     if chat and tokenizer.chat_template:
         check_chat_template(tokenizer)
     return found
@@ -1062,7 +1172,7 @@ def teacher_plan(
     if settings.teacher != "endpoint":
         raise ValueError(f"setting 'teacher' = {settings.teacher!r} costs nothing; teacher = endpoint has a price")
     asker, asks = EndpointTeacher(settings, root=root).asker, {}
-    for task in settings.tasks:
+    for task in [*settings.tasks, *filter(None, [settings.ood_task])]:
         asks[task] = []
         for seed in settings.seeds:
             train = load_questions(task, settings.source, "train", seed, settings.train_questions, None, _checked_seeds(settings, seed),

@@ -22,7 +22,7 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from .data import prepare_data
 from .methods import METHODS, Run, grid
-from .predict import first_tokens, fit_temperature, load_model, predict  # all four also reached from here
+from .predict import LOADERS, first_tokens, fit_temperature, load_model, predict  # all but the first also reached from here
 from .settings import code_hash, file_hash, load, run_folder, run_step, write_summary
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-2
@@ -443,7 +443,7 @@ def evaluate_method(
     key = {"step": "eval", "task": task, "tested_on": tested, "seed": seed, "run": run.name, "model_of": source.name,
            "trained": trained["outputs"], "diverged": bool(trained.get("diverged")), "temperature": temperature,
            "sampled": METHODS[method].sampled, "questions": file_hash(questions), "max_new_tokens": settings.max_new_tokens,
-           "batch": settings.generation_batch_size, "dtype": settings.dtype, "code": code_hash("data", "predict", "eval", "settings")}
+           "batch": settings.generation_batch_size, "dtype": settings.dtype, "backend": settings.backend, "code": code_hash("data", "predict", "eval", "settings")}
 
     def work():
         path.unlink(missing_ok=True)  # of a run that has diverged since
@@ -462,7 +462,8 @@ def evaluate_method(
 
 def _predict_file(settings, questions, model, temperature, seed):
     "Rows for a file of questions; `seed` None writes greedily."
-    model, tokenizer = load_model(model, settings.dtype)
+    backend = settings.backend if temperature == 1 else "transformers"  # vLLM gives no probabilities at another temperature
+    model, tokenizer = LOADERS[backend](model, settings.dtype)
     sampled = {} if seed is None else {"candidates": 1, "seed": seed}
     return predict(model, tokenizer, Dataset.from_parquet(str(questions)), settings.generation_batch_size, settings.max_new_tokens,
                    temperature=temperature, **sampled).to_pandas()

@@ -82,7 +82,11 @@ class Settings:
     min_incorrect: int = setting(low=1)
     pairs_per_question: int = setting(low=1)
     model: str = setting()
+    model_revision: str = setting()
     dtype: str = setting(choices=("float32", "bfloat16"))
+    lora_rank: int = setting(low=0)
+    lora_alpha: float = setting(low=1e-6)
+    lora_targets: tuple[str, ...] = setting()
     context_tokens: int = setting(low=16)
     vocab_size: int = setting(low=300)
     hidden_size: int = setting(low=8)
@@ -119,6 +123,7 @@ class Settings:
     weight_decay: float = setting(low=0.0)
     max_new_tokens: int = setting(low=1)
     generation_batch_size: int = setting(low=1)
+    backend: str = setting(choices=("transformers", "vllm"))
     ece_bins: int = setting(low=1)
     bootstrap_resamples: int = setting(low=10)
     candidates: int = setting(low=1)
@@ -240,6 +245,10 @@ def _check_together(values):
         raise ValueError("setting 'preference_learning_rate' must be one of preference_learning_rates")
     if max(values["candidate_counts"]) > values["candidates"]:
         raise ValueError("setting 'candidate_counts' must not exceed candidates")
+    if values["lora_rank"] and values["model"] == "mini":
+        raise ValueError(f"setting 'lora_rank' = {values['lora_rank']}: 0 is accepted with model = mini, whose weights are random and must all be trained")
+    if not values["model_revision"]:
+        raise ValueError("setting 'model_revision' is empty: a commit, tag or branch is accepted, such as main")
     if values["teacher"] == "sampler" and values["source"] != "mini":
         raise ValueError("setting 'teacher' = 'sampler' knows the mini world only; use teacher = rehearsal")
     named = [item.partition("@") for item in values["hub_revisions"] if item != "pinned"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINERS', 'template_pieces', 'build_tokenizer', 'mini_tokenizer', 'build_model', 'fit_context', 'CATTOConfig',
-           'CATTOTrainer', 'check_labels', 'whole_checkpoints', 'best_checkpoint', 'start_model', 'check_disk',
-           'train_method', 'train_runs', 'train_methods']
+           'CATTOTrainer', 'check_labels', 'whole_checkpoints', 'best_checkpoint', 'add_adapters', 'check_model',
+           'start_model', 'checkpoint_bytes', 'check_disk', 'train_method', 'train_runs', 'train_methods']
 
 # %% ../nbs/03_train.ipynb #23a2fcf4
 import contextlib
@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -35,7 +35,7 @@ from .eval import expected_calibration_error
 from .fused import add_calibrated_head
 from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence_calibration_loss
 from .methods import METHODS, Run, grid
-from .predict import answer_logits, fit_temperature, load_model, predict
+from .predict import answer_logits, fit_temperature, load_model, load_tokenizer, predict
 from .rcft import RCFTConfig, RCFTTrainer, SmoothedSFTConfig, SmoothedSFTTrainer, greedy_calibration
 from .settings import check_values, code_hash, fingerprint, load, run_folder, run_step, write_atomic, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
@@ -293,7 +293,8 @@ def check_labels(
     args,  # CATTOConfig
     name="train",  # what the rows are called in messages
 ):  # number of responses without the answer prefix (0 when it does not matter)
-    "Raise `ValueError` when truncation would rob a response of its label, or when no response has one to calibrate."
+    """Raise `ValueError` when truncation would rob a response of its label, when no response has one to calibrate, or when the chat
+    template takes the thinking part out of a response."""
     without = sum(_without_label(row, number, tokenizer, args, name) for number, row in enumerate(rows))
     if without and without == 2 * len(rows):
         raise ValueError(f"no {name} response contains {args.answer_prefix!r}: there is no label token to calibrate")
@@ -308,6 +309,7 @@ def _without_label(row, number, tokenizer, args, name):
     keep = slice(-limit, None) if limit is not None and args.truncation_mode == "keep_end" else slice(limit)
     without, before = 0, len(row["prompt_ids"])
     for side in ("chosen_ids", "rejected_ids"):
+        _check_thinking(row, side[:-4], number, tokenizer, name)
         places = range(before + len(row[side]))
         if not label_only and len(places[keep]) == len(places):
             continue
@@ -318,12 +320,21 @@ def _without_label(row, number, tokenizer, args, name):
                              "tokens with its prompt); raise max_length or leave the row out")
     return without if label_only else 0
 
+
+def _check_thinking(row, side, number, tokenizer, name):
+    "`ValueError` when the chat template has taken the thinking part out of a response that is a list of messages."
+    messages = row.get(side)
+    text = messages[-1]["content"] if isinstance(messages, list) and messages else ""
+    if "</think>" in text and "</think>" not in tokenizer.decode(row[f"{side}_ids"]):
+        raise ValueError(f"{name} row {number}: the chat template drops the thinking part of the {side} response, which would never be trained; "
+                         "give the rows as plain text, or set a tokenizer.chat_template that keeps it")
+
 # %% ../nbs/03_train.ipynb #st0002
 def _arguments(settings, seed, folder, kind, epochs):
     "TrainingArguments that all trainers share; `kind` is sft, preference or rcft."
     on_gpu, low, every = torch.cuda.is_available(), settings.dtype == "bfloat16", getattr(settings, f"{kind}_save_steps", None)
     return dict(
-        output_dir=str(folder), seed=seed, data_seed=seed, num_train_epochs=epochs, use_cpu=not on_gpu, bf16=low and on_gpu,
+        output_dir=str(folder), seed=seed, data_seed=seed, num_train_epochs=epochs, use_cpu=not on_gpu, bf16=low,
         gradient_checkpointing=low, per_device_train_batch_size=getattr(settings, f"{kind}_batch_size"),
         learning_rate=getattr(settings, f"{kind}_learning_rate"), lr_scheduler_type="linear", warmup_steps=settings.warmup_share,
         weight_decay=settings.weight_decay, max_length=settings.context_tokens,
@@ -379,7 +390,7 @@ class _MarkWhole(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
             write_atomic(folder / "whole.json", json.dumps(sizes))
 
 
@@ -415,20 +426,48 @@ def best_checkpoint(
         rows = predict(model, tokenizer, questions, settings.generation_batch_size, settings.max_new_tokens).to_pandas()
         scores[step] = float(rows["correct"].mean())
         if best is None or scores[step] > scores[best[0]]:
-            best = (step, path, rows)
-    step, path, rows = best
-    model, tokenizer = load_model(path, settings.dtype)
-    logits, labels = answer_logits(model, tokenizer, questions, rows, settings.generation_batch_size)
+            best = (step, path, rows, answer_logits(model, tokenizer, questions, rows, settings.generation_batch_size))
+    step, path, rows, (logits, labels) = best  # each model is loaded once: the paper's takes 8 GB
     ece = expected_calibration_error(rows["confidence"].to_numpy(), rows["correct"].to_numpy(), settings.ece_bins)
     return path, rows, {"best_step": step, "validation_accuracy": scores, "validation_ece": ece,
                         "temperature": fit_temperature(logits, labels)}
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-14
+def add_adapters(
+    model,  # causal language model
+    settings,  # Settings; lora_rank, lora_alpha and lora_targets are used
+    seed,  # of the initial adapters
+    revision=None,  # of the model on the hub, recorded with the adapters
+):  # PeftModel whose adapters alone are trained
+    "LoRA's adapters on a model, in float32. Raises `ValueError` for targets that the model does not have."
+    targets = "all-linear" if settings.lora_targets == ("all-linear",) else list(settings.lora_targets)
+    lora = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, lora, revision=revision)
+
+# %% ../nbs/03_train.ipynb #23a2fcf4-14b
+def _dtype(settings):
+    "In which the model of a training lies; of evaluation it is `settings.dtype`."
+    return settings.dtype if settings.lora_rank else "float32"
+
+
+def check_model(
+    settings,  # Settings with a model that is not mini
+):  # revision to load, None for a folder
+    """Raise what `load_tokenizer` and `check_tokenizer` do, before a teacher is paid or weights are read. Rows are plain text, so
+    the tokenizer's chat template is not asked."""
+    revision = None if Path(settings.model).is_dir() else settings.model_revision
+    check_tokenizer(load_tokenizer(settings.model, revision), [*settings.tasks, *filter(None, [settings.ood_task])], chat=False)
+    return revision
+
+
 def start_model(settings, rows, seed):
-    "What SFT starts from: the mini model with random weights, or the model that the settings name."
+    "What SFT starts from: the mini model with random weights, or the model that the settings name, with its adapters if they are what is trained."
     if settings.model != "mini":
-        check_tokenizer(AutoTokenizer.from_pretrained(settings.model), settings.tasks, chat=False)  # before the weights are read
-        return load_model(settings.model, settings.dtype)
+        revision = check_model(settings)
+        model, tokenizer = load_model(settings.model, _dtype(settings), revision=revision)
+        return add_adapters(model, settings, seed, revision) if settings.lora_rank else model, tokenizer
     if settings.source == "mini":
         tokenizer = mini_tokenizer(settings)
     else:
@@ -444,15 +483,22 @@ class _StopWhenDiverged(TrainerCallback):
             control.should_training_stop = True
 
 
+def checkpoint_bytes(
+    model,  # that is trained
+):  # bytes of one of its checkpoints
+    "The weights that are saved, which with adapters are those of the adapters alone, and two moments of Adam for each trained one."
+    parameters = [(name, p) for name, p in model.named_parameters() if not isinstance(model, PeftModel) or "lora_" in name]
+    return sum(p.numel() * (p.element_size() + 8 * p.requires_grad) for _, p in parameters)
+
+
 def check_disk(
     trainer,  # of transformers, before training
 ):  # bytes that its checkpoints will take
-    "Raise `OSError` when the disk has no room for the checkpoints: weights, and two moments of Adam for each trained one."
+    "Raise `OSError` when the disk has no room for the checkpoints: weights, or adapters alone, and two moments of Adam for each trained one."
     args = trainer.args
     steps = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps)) * math.ceil(args.num_train_epochs)
     every = args.save_steps if args.save_strategy == "steps" else steps / math.ceil(args.num_train_epochs)
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    one = sum(p.numel() * p.element_size() for p in trainer.model.parameters()) + sum(8 * p.numel() for p in trained)
+    one = checkpoint_bytes(trainer.model)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*"))  # of a run that is resumed
@@ -480,7 +526,9 @@ def train_method(
     if kind != "sft" and base is None:
         raise ValueError(f"method {method!r} starts from a trained model: give base=<the folder of {METHODS[method].base}>")
     folder, where = Path(folder), Path(folder) / "checkpoints"
-    start = start_model(settings, dataset, seed) if kind == "sft" else load_model(base, settings.dtype)
+    start = start_model(settings, dataset, seed) if kind == "sft" else load_model(base, _dtype(settings), trainable=True)
+    if settings.lora_rank:  # a set, whose order differs from process to process, and which is written with the model
+        start[0].peft_config["default"].target_modules = sorted(start[0].peft_config["default"].target_modules)
     rows, left_out = fit_context(dataset, start[1], settings.context_tokens)
     trainer = TRAINERS[kind](settings, method, rows, seed, where, start, validation)
     check_disk(trainer)
@@ -541,14 +589,14 @@ def _write_log(folder, trainer):
 def _keep(folder, checkpoint, trainer, predictions):
     "Copy the best checkpoint's model and tokenizer, write log and predictions; the files written."
     shutil.rmtree(folder / "model", ignore_errors=True)
-    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole", "rcft")
+    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole", "rcft", "ref")
     shutil.copytree(checkpoint, folder / "model", ignore=shutil.ignore_patterns(*(f"{name}*" for name in state)))
     predictions.to_parquet(folder / "predictions_validation.parquet", index=False)
     return [_write_log(folder, trainer), folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-17
-_SHARED = ("model", "dtype", "context_tokens", "vocab_size", "hidden_size", "hidden_layers", "attention_heads", "key_value_heads", "mlp_size",
-           "warmup_share", "weight_decay", "max_new_tokens", "generation_batch_size", "source", "ece_bins")
+_SHARED = ("model", "model_revision", "dtype", "lora_rank", "lora_alpha", "lora_targets", "context_tokens", "vocab_size", "hidden_size",
+           "hidden_layers", "attention_heads", "key_value_heads", "mlp_size", "warmup_share", "weight_decay", "max_new_tokens", "generation_batch_size", "source", "ece_bins")
 _OWN = {"sft": ("sft_learning_rate", "sft_batch_size", "sft_epochs", "sft_save_steps"),
         "preference": ("preference_learning_rate", "preference_batch_size", "preference_save_steps", "beta"),
         "rcft": ("rcft_learning_rate", "rcft_batch_size", "rcft_epochs", "rcft_weight", "rcft_bins"), "scaled": ()}

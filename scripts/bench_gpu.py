@@ -24,11 +24,10 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # the tree this script is part of, whether or not it is installed
 
+from catto.plan import QWEN3_4B, TRAIN_QUESTIONS, training_hours  # imports no torch
+
 COLUMNS = "section", "case", "method", "quantity", "value", "unit", "note"
 PACKAGES = "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets"
-# Questions in the training split of each data set (appendix B.1): the most rows or pairs that a task can give.
-TRAIN_QUESTIONS = {"reward_bench_2": 1496, "snli": 550_000, "anli": 16_900, "tldr": 92_900, "commonsense_qa": 9740,
-                   "mmlu": 99_800}
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class Sizes:
 FULL = Sizes(
     heads={"small": (1024, 1024, 32_000), "middle": (2048, 2560, 151_936), "qwen3_4b": (4096, 2560, 151_936)},
     chunks=(768, 4096), ceiling=8192, copied=2**32,
-    model=dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-               intermediate_size=9728, vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=4096),
+    model=dict(**QWEN3_4B, max_position_embeddings=4096),
     tokens=2048, prompt=256, pairs=2, rank=16, rounds=5, runs=3, steps=5)
 TINY = Sizes(
     heads={"small": (3, 8, 50), "middle": (3, 16, 300), "qwen3_4b": (4, 16, 300)}, chunks=(2,), ceiling=64, copied=2**16,
@@ -478,14 +476,6 @@ def summarise_steps(rows, case, runs, sizes, flops):
 
 
 # --- hours
-
-def training_hours(method, rows_of_task, epochs, pace):
-    "GPU hours of one training run: its steps, and for preference methods the reference pass over its pairs."
-    from catto.methods import METHODS
-    if METHODS[method].kind != "preference":  # rcft trains on single responses too, at the pace of sft
-        return rows_of_task * epochs * pace["sft"] / 3600
-    return rows_of_task * (epochs * pace["dpo" if method in ("dpo", "dpo_matched") else "catto"] + pace["reference"]) / 3600
-
 
 def add_hours(rows, seconds, reference, sizes, cap):
     """Hours of training at the measured pace: each row of Table 12, and every run of the paper profile.

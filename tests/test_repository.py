@@ -101,7 +101,7 @@ def our_files() -> list[Path]:
     for folder, subfolders, names in os.walk(REPO):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if name not in NOT_OURS and not name.endswith(".egg-info")
-                         and here / name != REPO / "data" / "runs"]
+                         and here / name not in (REPO / "data" / "runs", REPO / "data" / "rehearsal")]
         files += [here / name for name in names]
     return files
 
