@@ -4,10 +4,12 @@ PYTHON  ?= python3#     the interpreter .venv is made from
 PROFILE ?= mini#        smoke, mini or paper: a section of settings.ini
 SEEDS   ?=#             for example "0 1"; empty: the profile's own seeds
 SWEEPS  ?=#             true: the weight sweep and the transfer between all tasks too
-JOBS    ?= 2#           steps that may run at the same time
-GPUS    ?= 1#           of these, steps that may take a GPU
+CLUSTER ?= local#       where the steps run: a folder of profiles/
+JOBS    ?=#             steps that may run at the same time; empty: the number in profiles/
+GPUS    ?=#             GPUs that these may take together; empty: the number in profiles/
 CONFIG  ?=#             further words for snakemake --config, each name=value
 SAMPLES ?=#             folder with rows of the six data sets, for rehearse; see nbs/09a_rehearsal.ipynb
+OPTIONS ?=#             further options of snakemake, for example "--slurm-qos long"
 
 SHELL    := /bin/bash
 BIN      := $(CURDIR)/.venv/bin
@@ -29,8 +31,12 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME MPLBACKEND
 OFFLINE   := HF_HUB_OFFLINE=1
 REHEARSAL := $(CURDIR)/data/rehearsal
 ONE_CORE  := $(OFFLINE) OMP_NUM_THREADS=1
+PLACES    := $(sort $(wildcard profiles/*/config.yaml))
+PLACE      = $(if $(filter profiles/$(CLUSTER)/config.yaml,$(PLACES)),profiles/$(CLUSTER),$(error \
+             CLUSTER = '$(CLUSTER)': accepted are $(PLACES:profiles/%/config.yaml=%)))
 SNAKEMAKE  = env PATH="$(BIN):$$PATH" $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) \
-             "$(BIN)/snakemake" --snakefile Snakefile --cores $(JOBS) --resources gpu=$(GPUS) --nolock --rerun-incomplete
+             "$(BIN)/snakemake" --snakefile Snakefile --workflow-profile $(PLACE) --nolock --rerun-incomplete \
+             $(if $(strip $(JOBS)),--jobs $(JOBS)) $(if $(strip $(GPUS)),--resources gpu=$(GPUS)) $(OPTIONS)
 WORDS      = profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(if $(strip $(SWEEPS)),sweeps=$(strip $(SWEEPS))) $(CONFIG)
 # check: name and take back what was damaged; show: how far the run is
 STATUS     = "$(BIN)/python" -c 'import sys; from catto.status import main; sys.exit(main(*sys.argv[1:]))'
@@ -43,7 +49,7 @@ help: ## list the targets
 
 venv: $(STAMP) ## make .venv with the packages of constraints.txt
 
-reproduce: $(STAMP) ## run the pipeline of PROFILE, tables and figures into figures/ [PROFILE=mini SEEDS="0 1" JOBS=2]
+reproduce: $(STAMP) ## run the pipeline of PROFILE, tables and figures into figures/ [PROFILE=mini SEEDS="0 1" CLUSTER=local JOBS=2]
 	@$(STATUS) check $(WORDS)
 	$(SNAKEMAKE) --quiet host reason --config $(WORDS)
 

@@ -7,6 +7,7 @@
 import dataclasses
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -82,7 +83,9 @@ def package(*names):
     return sorted(files.values())
 
 
-cut = ("tasks", "seeds", "methods", "group_methods", "group_tasks")  # they change which steps there are, not what a step does
+# These change which steps there are, or where they run; not what a step does.
+cut = ("tasks", "seeds", "methods", "group_methods", "group_tasks", "step_cores", "gpu_step_memory", "cpu_step_memory", "gpu_step_hours",
+       "cpu_step_hours")
 values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in cut}
 with_sweeps = fingerprint(values)
 without_sweeps = fingerprint({name: value for name, value in values.items() if not name.startswith("sweep")})  # they come on top of the grid
@@ -91,8 +94,23 @@ without_sweeps = fingerprint({name: value for name, value in values.items() if n
 seeds = " ".join(map(str, settings.seeds))
 where = f"-r seeds '{seeds}' -p root {shlex.quote(root)} -p settings_file {shlex.quote(ini)}"
 
-# `make` allows GPUS of these at a time, so that two jobs never share a GPU; the mini model takes none.
-gpus = 0 if settings.model == "mini" else 1
+
+# --- what a step takes; a cluster looks at all of it, a run on this machine at the GPUs alone ---
+def takes(kind, processes=1):
+    "Resources of one attempt of a step, as Snakemake names them; `kind` is gpu or cpu. The mini model takes no GPU."
+    memory, hours = getattr(settings, f"{kind}_step_memory"), getattr(settings, f"{kind}_step_hours")
+    return dict(gpu=processes if kind == "gpu" and settings.model != "mini" else 0, nodes=1, cpus_per_task=settings.step_cores * processes,
+                mem_mb=1000 * memory * processes, runtime=60 * hours)
+
+
+def on_free_gpus(count):
+    "Steps on one machine share its GPUs, so each looks for free ones; a cluster gives each job its own."
+    alone = workflow.remote_exec or settings.model == "mini"
+    return "" if alone else f"{shlex.quote(sys.executable)} scripts/on_free_gpus.py {count} "
+
+
+processes = 1 if settings.parallel == "none" else settings.parallel_processes  # of a training
+on_its_gpus, on_one_gpu = on_free_gpus(processes), on_free_gpus(1)
 
 
 # --- while it runs ---
@@ -128,6 +146,8 @@ rule report:
     params:
         settings=without_sweeps,
         seeds=seeds,
+    resources:
+        **takes("cpu"),
     message:
         f"report: tables and figures of profile {settings.profile}"
     shell:
@@ -147,6 +167,8 @@ rule experiments:
     params:
         settings=with_sweeps,
         seeds=seeds,
+    resources:
+        **takes("cpu"),
     message:
         f"experiments: tables and figures of profile {settings.profile}"
     shell:
@@ -164,6 +186,8 @@ rule data:
     params:
         settings=without_sweeps,
         tasks=lambda w: " ".join(parts[w.part]),
+    resources:
+        **takes("cpu"),
     message:
         "data: {params.tasks}, seed {wildcards.seed}"
     shell:
@@ -184,11 +208,11 @@ rule train:
         settings=without_sweeps,
         methods=lambda w: " ".join(groups[w.group]),
     resources:
-        gpu=gpus,
+        **takes("gpu", processes),
     message:
         "train: {params.methods} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
+        "{on_its_gpus}papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.task}/seed{wildcards.seed}/03_train_{wildcards.group}.ipynb"
         " -p profile {settings.profile} -r tasks {wildcards.task} -p seed {wildcards.seed}"
         " -r methods '{params.methods}' -p group {wildcards.group} {where}"
@@ -207,11 +231,11 @@ rule evaluate:
         tasks=lambda w: " ".join(parts[w.part]),
         methods=lambda w: " ".join(groups[w.group]),
     resources:
-        gpu=gpus,
+        **takes("gpu"),
     message:
         "evaluate: {params.methods} on {params.tasks}, seed {wildcards.seed}"
     shell:
-        "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
+        "{on_one_gpu}papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.part}/seed{wildcards.seed}/04_eval_{wildcards.group}.ipynb"
         " -p profile {settings.profile} -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part}"
         " -r methods '{params.methods}' -p group {wildcards.group} {where}"
@@ -229,11 +253,11 @@ rule confidence:
         tasks=lambda w: " ".join(pool_parts[w.part]),
         methods=lambda w: " ".join(groups[w.group]),
     resources:
-        gpu=gpus,
+        **takes("gpu"),
     message:
         "candidates: {params.methods} on {params.tasks}, seed {wildcards.seed}"
     shell:
-        "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
+        "{on_one_gpu}papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.part}/seed{wildcards.seed}/05_confidence_{wildcards.group}.ipynb"
         " -p profile {settings.profile} -r tasks '{params.tasks}' -p seed {wildcards.seed} -p part {wildcards.part}"
         " -r methods '{params.methods}' -p group {wildcards.group} {where}"
@@ -251,10 +275,10 @@ rule sweep:
     params:
         settings=with_sweeps,
     resources:
-        gpu=gpus,
+        **takes("gpu", processes),
     message:
         "sweep: {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
+        "{on_its_gpus}papermill --cwd nbs --no-progress-bar --log-level WARNING {input.notebook}"
         " {runs}/{wildcards.task}/seed{wildcards.seed}/07a_sweep.ipynb"
         " -p profile {settings.profile} -r tasks {wildcards.task} -p seed {wildcards.seed} -r sweeps {settings.sweeps} {where}"

@@ -135,6 +135,13 @@ class Settings:
     sweep_tokens: tuple[str, ...] = setting(choices=("all", "label"))
     sweep_scales: tuple[float, ...] = setting(low=1e-6)
     sweep_betas: tuple[float, ...] = setting(low=1e-6)
+    parallel: str = setting(choices=("none", "ddp"))
+    parallel_processes: int = setting(low=2)
+    step_cores: int = setting(low=1)
+    gpu_step_memory: int = setting(low=1)
+    cpu_step_memory: int = setting(low=1)
+    gpu_step_hours: int = setting(low=1)
+    cpu_step_hours: int = setting(low=1)
 
 # %% ../nbs/00a_settings.ipynb #23a2fcf4-4
 def _parse(name, text, kind):
@@ -257,6 +264,10 @@ def _check_together(values):
                          f"each task that is to differ, of {', '.join(TASK_NAMES)}")
     if values["teacher"] == "endpoint" and not (values["teacher_base_url"] and values["teacher_model"]):
         raise ValueError("setting 'teacher' = 'endpoint' needs teacher_base_url and teacher_model")
+    for name in ("sft_batch_size", "preference_batch_size", "rcft_batch_size") if values["parallel"] != "none" else ():
+        if values[name] % values["parallel_processes"]:
+            raise ValueError(f"setting 'parallel_processes' = {values['parallel_processes']}: a divisor of {name} = {values[name]} is accepted, "
+                             f"because parallel = {values['parallel']} divides each batch")
 
 # %% ../nbs/00a_settings.ipynb #23a2fcf4-8
 def quiet():
@@ -413,7 +424,7 @@ def run_step(
                 **facts,
                 "outputs": {Path(os.path.relpath(o, path.parent)).as_posix(): file_hash(o) for o in outputs},
                 "seconds": round(time.perf_counter() - start, 2),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": max(peak_memory(), facts.get("peak_memory_bytes", 0)),  # of processes that it launched, too
                 "environment": environment(),
             }, indent=1, default=str)
             write_atomic(path, text)

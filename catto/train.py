@@ -5,15 +5,23 @@
 # %% auto #0
 __all__ = ['TRAINERS', 'template_pieces', 'build_tokenizer', 'mini_tokenizer', 'build_model', 'fit_context', 'CATTOConfig',
            'CATTOTrainer', 'check_labels', 'whole_checkpoints', 'best_checkpoint', 'add_adapters', 'check_model',
-           'start_model', 'checkpoint_bytes', 'check_disk', 'train_method', 'train_runs', 'train_methods']
+           'start_model', 'checkpoint_bytes', 'check_disk', 'train_method', 'launch_configuration', 'main',
+           'train_runs', 'train_methods']
 
 # %% ../nbs/03_train.ipynb #23a2fcf4
 import contextlib
+import dataclasses
 import gc
 import itertools
 import json
 import math
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,7 +46,7 @@ from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence
 from .methods import METHODS, Run, grid
 from .predict import answer_logits, fit_temperature, load_model, load_tokenizer, predict
 from .rcft import RCFTConfig, RCFTTrainer, SmoothedSFTConfig, SmoothedSFTTrainer, greedy_calibration
-from .settings import check_values, code_hash, fingerprint, load, run_folder, run_step, write_atomic, write_summary
+from .settings import check_values, code_hash, fingerprint, load, peak_memory, run_folder, run_step, write_atomic, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-2
@@ -388,6 +397,7 @@ class _MarkWhole(TrainerCallback):
         control.should_log |= control.should_save
 
     def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()  # each process writes the state of its own random numbers
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -496,7 +506,7 @@ def check_disk(
 ):  # bytes that its checkpoints will take
     "Raise `OSError` when the disk has no room for the checkpoints: weights, or adapters alone, and two moments of Adam for each trained one."
     args = trainer.args
-    steps = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps)) * math.ceil(args.num_train_epochs)
+    steps = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)) * math.ceil(args.num_train_epochs)
     every = args.save_steps if args.save_strategy == "steps" else steps / math.ceil(args.num_train_epochs)
     one = checkpoint_bytes(trainer.model)
     folder = Path(args.output_dir)
@@ -526,6 +536,17 @@ def train_method(
     if kind != "sft" and base is None:
         raise ValueError(f"method {method!r} starts from a trained model: give base=<the folder of {METHODS[method].base}>")
     folder, where = Path(folder), Path(folder) / "checkpoints"
+    arguments = settings, dataset, method, seed, folder, validation, base
+    facts = _fit(*arguments) if settings.parallel == "none" else _launch(*arguments)
+    if facts["diverged"]:
+        return [folder / "training_log.csv"], facts
+    path, predictions, chosen = best_checkpoint(whole_checkpoints(where), validation, settings)
+    return _keep(folder, path, predictions), facts | chosen
+
+
+def _fit(settings, dataset, method, seed, folder, validation, base):
+    "Train in this process, which may be one of several; facts of the training. Its log is written, its checkpoints are left."
+    kind, where = METHODS[method].kind, folder / "checkpoints"
     start = start_model(settings, dataset, seed) if kind == "sft" else load_model(base, _dtype(settings), trainable=True)
     if settings.lora_rank:  # a set, whose order differs from process to process, and which is written with the model
         start[0].peft_config["default"].target_modules = sorted(start[0].peft_config["default"].target_modules)
@@ -536,10 +557,9 @@ def train_method(
     for callback in (_MarkWhole(), _StopWhenDiverged()):
         trainer.add_callback(callback)
     facts = _train(trainer, whole_checkpoints(where)) | {"rows": len(trainer.train_dataset), "rows_left_out": left_out}
-    if facts["diverged"]:
-        return [_write_log(folder, trainer)], facts
-    path, predictions, chosen = best_checkpoint(whole_checkpoints(where), validation, settings)
-    return _keep(folder, path, trainer, predictions), facts | chosen
+    if trainer.is_world_process_zero():
+        _write_log(folder, trainer)
+    return facts
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-16
 def _train(trainer, done):
@@ -583,16 +603,64 @@ def _log(trainer):
 def _write_log(folder, trainer):
     Path(folder).mkdir(parents=True, exist_ok=True)
     _log(trainer).set_index("step").sort_index(axis=1).to_csv(folder / "training_log.csv")  # a checkpoint sorts the names
-    return folder / "training_log.csv"
 
 
-def _keep(folder, checkpoint, trainer, predictions):
-    "Copy the best checkpoint's model and tokenizer, write log and predictions; the files written."
+def _keep(folder, checkpoint, predictions):
+    "Copy the best checkpoint's model and tokenizer, write the predictions; the files of the training."
     shutil.rmtree(folder / "model", ignore_errors=True)
     state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole", "rcft", "ref")
     shutil.copytree(checkpoint, folder / "model", ignore=shutil.ignore_patterns(*(f"{name}*" for name in state)))
     predictions.to_parquet(folder / "predictions_validation.parquet", index=False)
-    return [_write_log(folder, trainer), folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
+    return [folder / "training_log.csv", folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
+
+# %% ../nbs/03_train.ipynb #launch01
+def launch_configuration(
+    settings,  # Settings; parallel_processes is used
+):  # dict, as `accelerate launch --config_file` reads it
+    "One machine, a process for each GPU; a configuration of the user's own changes nothing."
+    return dict(compute_environment="LOCAL_MACHINE", distributed_type="MULTI_GPU", num_machines=1, num_processes=settings.parallel_processes,
+                main_process_port=0, mixed_precision="no", use_cpu=False, debug=False)  # precision is an argument of the trainer
+
+# %% ../nbs/03_train.ipynb #launch05
+def _launch(*arguments):
+    "`_fit` in several processes. Raises `ChildProcessError` with the end of what they printed when one fails."
+    settings, folder = arguments[0], arguments[4]
+    whole_checkpoints(folder / "checkpoints")  # removes what is damaged, once
+    torch.cuda.empty_cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as job:
+        job, log = Path(job), folder / "launch.log"
+        (job / "arguments.pickle").write_bytes(pickle.dumps(arguments))
+        (job / "accelerate.json").write_text(json.dumps(launch_configuration(settings)))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(job / "accelerate.json"), "--module",
+                   "catto.train", str(job)]
+        with open(log, "w") as output, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output) as process:
+            code = process.wait()
+        if code:
+            raise ChildProcessError(f"accelerate launch of {arguments[2]} ended with code {code}; the end of {log}:\n{log.read_text()[-5000:]}")
+        return json.loads((job / "facts.json").read_text())
+
+# %% ../nbs/03_train.ipynb #launch06
+def _end_with_launcher():
+    "Wait until standard input ends, then end this process."
+    os.read(0, 1)  # not sys.stdin, whose lock a thread must not hold when Python ends
+    os._exit(1)
+
+
+def main(
+    job,  # folder with arguments.pickle
+):  # None
+    "One process of a launched training, with its part of every batch."
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    settings, *others = pickle.loads((Path(job) / "arguments.pickle").read_bytes())
+    parts = {f"{kind}_batch_size": getattr(settings, f"{kind}_batch_size") // settings.parallel_processes for kind in ("sft", "preference", "rcft")}
+    facts = _fit(dataclasses.replace(settings, **parts), *others)
+    if PartialState().is_main_process:
+        write_atomic(Path(job) / "facts.json", json.dumps(facts | {"peak_memory_bytes": peak_memory()}))
+
+
+if __name__ == "__main__" and "__file__" in globals():  # in a notebook, too, the name is __main__
+    main(*sys.argv[1:])
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-17
 _SHARED = ("model", "model_revision", "dtype", "lora_rank", "lora_alpha", "lora_targets", "context_tokens", "vocab_size", "hidden_size",
@@ -609,6 +677,7 @@ def _key(settings, task, seed, run, root):
     "What the result of one run depends on."
     method, settings = METHODS[run.method], run.settings(settings)
     names = (*_SHARED, *_OWN[method.kind], *(_BUDGET[method.matched] if method.kind == "preference" else ()))
+    names += ("parallel", "parallel_processes") if settings.parallel != "none" else ()  # the last batch of an epoch is another
     outputs = json.loads((run_folder(root, settings, task, seed, "data") / "manifest.json").read_text())["outputs"]
     rows = "preferences" if method.kind == "preference" else "sft"
     base = json.loads((run_folder(root, settings, task, seed, method.base) / "train.json").read_text()) if method.base else {}

@@ -78,7 +78,7 @@ def copy_repository(folder, examples=False, spoil=None, runs=None, **changes):
     folder.mkdir(parents=True)
     for name in ("Makefile", "Snakefile", "pyproject.toml", "constraints.txt"):
         shutil.copy2(REPO / name, folder)  # with its time, or make would install everything anew
-    for name in (".venv", "catto", "data/paper"):
+    for name in (".venv", "catto", "data/paper", "profiles"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(REPO / name)
     (folder / "nbs").mkdir()
@@ -108,7 +108,7 @@ class Run:
     def __init__(self, folder, *words, command=None, **options):
         self.mark, self.log = uuid.uuid4().hex, folder / f"make-{next(self.numbers)}.log"
         # A make that runs pytest hands its own flags down.
-        ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "SEEDS", "SWEEPS", "JOBS", "CONFIG"}
+        ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "SEEDS", "SWEEPS", "JOBS", "GPUS", "CLUSTER", "OPTIONS", "CONFIG"}
         env = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1", MARK: self.mark}
         command = command or make_command(folder, *words, **options)
         with open(self.log, "w") as file:

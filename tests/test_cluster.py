@@ -1,0 +1,210 @@
+"""Where the steps run: the profiles, SLURM on this one machine, and training in several processes.
+
+SLURM is tested with its own daemons, which scripts/slurm_single_node.sh installs and starts; that takes root and apt-get."""
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from test_pipeline import TASK, UNIT, Run, copy_repository, make, manifest, results, write_settings
+
+from catto.data import prepare_data
+from catto.methods import METHODS
+from catto.settings import load
+from catto.train import train_method
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPT = REPO / "scripts" / "slurm_single_node.sh"
+# No accounting here, so squeue is asked. The first look comes after 2 s, not 40.
+ONE_NODE = "OPTIONS=--slurm-status-command squeue --slurm-no-account --slurm-init-seconds-before-status-checks 2 --seconds-between-status-checks 2"
+
+
+# --- the word CLUSTER --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("word", ["slrm", "", "local slurm"])
+def test_an_unknown_cluster_is_refused_with_what_is_accepted(word):
+    tried = subprocess.run(["make", "reproduce", f"CLUSTER={word}"], cwd=REPO, capture_output=True, text=True)
+    assert tried.returncode != 0 and not tried.stdout, tried.stdout
+    assert f"CLUSTER = '{word}': accepted are local node slurm." in tried.stderr, tried.stderr
+
+
+# --- GPUs of one machine -----------------------------------------------------------------------------------------------------
+
+def on_free_gpus(folder, gpus, *command):
+    "A process of scripts/on_free_gpus.py on a machine with these GPUs, its locks below `folder`."
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "TMPDIR": str(folder)}
+    return subprocess.Popen([sys.executable, REPO / "scripts" / "on_free_gpus.py", *command], env=env, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+SHOW = "sh", "-c", "echo $CUDA_VISIBLE_DEVICES; read answer"  # and stay until somebody answers, or goes
+
+
+def test_steps_on_one_machine_get_gpus_of_their_own(tmp_path):
+    first, second = (on_free_gpus(tmp_path, "0,3,5", count, *SHOW) for count in "12")
+    held = [process.stdout.readline().strip().split(",") for process in (first, second)]
+    assert [len(gpus) for gpus in held] == [1, 2] and sorted(sum(held, [])) == ["0", "3", "5"]
+    third = on_free_gpus(tmp_path, "0,3,5", "2", *SHOW)
+    with pytest.raises(subprocess.TimeoutExpired):
+        third.wait(timeout=2)  # none is free
+    second.kill()  # however it ends
+    assert third.stdout.readline().strip().split(",") == held[1]
+    for process in (first, second, third):
+        process.communicate()
+
+
+def test_a_step_that_takes_more_gpus_than_there_are_is_refused(tmp_path):
+    process = on_free_gpus(tmp_path, "0,1", "4", *SHOW)
+    assert "this step takes 4 GPUs and 2 are to be had (0, 1)" in process.communicate(timeout=30)[1] and process.returncode == 1
+
+
+def test_without_gpus_a_step_runs_as_it_is(tmp_path):
+    assert on_free_gpus(tmp_path, "", "1", "echo", "here").communicate(timeout=30)[0] == "here\n"
+
+
+# --- one training in several processes -----------------------------------------------------------------------------------------
+
+ALONE = "import pickle, sys; from catto.train import train_method; args, kwargs = pickle.load(open(sys.argv[1], 'rb')); train_method(*args, **kwargs)"
+CHANGES = dict(sft_learning_rate="1e-3", sft_epochs=20, sft_save_steps=10, rcft_batch_size=16, rcft_epochs=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "trained(method, **settings) -> (arguments of `train_method`, for a folder that is not there yet); rows make whole batches."
+    root = tmp_path_factory.mktemp("trained")
+    ini = write_settings(root / "tiny.ini", **CHANGES)
+    one = load("tiny", file=ini)
+    prepare_data(one, TASK, 0, root)
+    data = {name: Dataset.from_parquet(str(root / UNIT / "data" / f"{name}.parquet")) for name in ("sft", "preferences", "validation")}
+
+    def arguments(method, base=None, **settings):
+        rows = data["preferences"].select(range(24)) if METHODS[method].kind == "preference" else data["sft"].select(range(64))
+        folder = root / f"{method}_{'_'.join(map(str, settings.values())) or 'none'}"
+        return (load("tiny", file=ini, **settings), rows, method, 0), dict(folder=folder, validation=data["validation"], base=base)
+    return arguments
+
+
+def weights(folder, step):
+    return torch.cat([w.flatten() for _, w in sorted(load_file(folder / "checkpoints" / f"checkpoint-{step}" / "model.safetensors").items())])
+
+
+def assert_same_training(one, two, facts, tolerance):
+    "Weights at the last step differ by `tolerance` of the way they went since the first checkpoint, at most; logs and files agree."
+    (one, ours), (two, theirs) = zip((one, two), facts)
+    assert [ours[name] for name in ("steps", "tokens", "rows")] == [theirs[name] for name in ("steps", "tokens", "rows")]
+    last, (first, *_) = ours["steps"], sorted(map(int, ours["validation_accuracy"]))
+    way = (weights(one, last) - weights(one, first)).norm()
+    assert way > 0 and (weights(two, last) - weights(one, last)).norm() < tolerance * way, ((weights(two, last) - weights(one, last)).norm() / way)
+    losses = [pd.read_csv(folder / "training_log.csv")["loss"].dropna().to_numpy() for folder in (one, two)]
+    assert len(losses[0]) and np.allclose(*losses, rtol=1e-3)
+
+
+def processes_with(text):
+    return [p for p in psutil.process_iter(["cmdline", "status"])
+            if p.info["status"] != psutil.STATUS_ZOMBIE and any(text in word for word in p.info["cmdline"] or ())]
+
+
+DDP = dict(parallel="ddp", parallel_processes=2)
+
+
+def test_two_processes_give_the_weights_of_one_also_when_they_were_killed(trained, one_thread, tmp_path):
+    alone, launched = trained("sft"), trained("sft", **DDP)
+    folder = launched[1]["folder"]
+    (tmp_path / "arguments.pickle").write_bytes(pickle.dumps(launched))
+    parent = subprocess.Popen([sys.executable, "-c", ALONE, tmp_path / "arguments.pickle"], env=os.environ | {"TMPDIR": str(tmp_path)})
+    end = time.monotonic() + 300
+    while not (folder / "checkpoints" / "checkpoint-20" / "whole.json").exists():
+        assert parent.poll() is None and time.monotonic() < end, (folder / "launch.log").read_text()
+        time.sleep(0.02)
+    assert len(processes_with(str(tmp_path))) >= 4  # the parent, the launcher, and two at work
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while processes_with(str(tmp_path)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not processes_with(str(tmp_path))
+    there = max(int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("checkpoint-*"))
+    facts = [train_method(*args, **kwargs)[1] for args, kwargs in (alone, launched)]
+    assert there < facts[1]["steps"] and [f["resumed"] for f in facts] == [False, True]
+    assert_same_training(alone[1]["folder"], folder, facts, 1e-4)
+
+
+@pytest.mark.parametrize("method", ["rcft", "dpo_catto"])
+def test_two_processes_give_the_weights_of_one(method, trained, one_thread):
+    base = trained("sft")
+    if not (base[1]["folder"] / "model").exists():
+        train_method(*base[0], **base[1])
+    alone, launched = (trained(method, base=base[1]["folder"] / "model", **words) for words in ({}, DDP))
+    facts = [train_method(*args, **kwargs)[1] for args, kwargs in (alone, launched)]
+    assert_same_training(alone[1]["folder"], launched[1]["folder"], facts, 1e-2)
+
+
+def test_a_training_that_fails_says_why(trained, one_thread):
+    args, kwargs = trained("sft", context_tokens=20, **DDP)
+    with pytest.raises(ChildProcessError, match=r"(?s)accelerate launch of sft ended with code 1.*no row fits into context_tokens = 20"):
+        train_method(*args, **kwargs)
+    assert not (kwargs["folder"] / "model").exists()
+
+
+# --- SLURM -------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def slurm():
+    "SLURM daemons on this machine, ended with the tests."
+    if os.getuid() != 0 or not shutil.which("apt-get"):
+        pytest.skip("SLURM is set up by root, with apt-get")
+    if not shutil.which("slurmctld") and not os.environ.get("CI"):
+        pytest.skip("no SLURM here; with CI=true, or after `scripts/slurm_single_node.sh start`, it is installed and tested")
+    try:
+        started = subprocess.run([SCRIPT, "start"], capture_output=True, text=True, timeout=180)
+        if "could not install" in started.stderr or "not from here" in started.stderr:
+            pytest.skip(started.stderr.strip())
+        assert started.returncode == 0, started.stderr
+        yield
+    finally:
+        subprocess.run([SCRIPT, "stop"], check=True, timeout=120)
+
+
+def queue():
+    "Dict SLURM's number of a job -> its rule, of the jobs that run."
+    lines = subprocess.run(["squeue", "--noheader", "--states=running", "--format=%i %k"], capture_output=True, text=True, check=True).stdout
+    return {number: rule for number, rule in re.findall(r"^(\d+) rule_([a-z]+)", lines, flags=re.M)}
+
+
+def wait_for(what, run, seconds=400):
+    "What it returns, once that is true; the run must go on meanwhile."
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert run.process.poll() is None and time.monotonic() < end, run.log.read_text()
+        time.sleep(0.2)
+    return found
+
+
+def test_a_run_through_slurm_with_a_job_killed_gives_the_tables_of_a_local_run(slurm, tmp_path):
+    here, there = (copy_repository(tmp_path / name) for name in ("here", "there"))
+    local, run = Run(here), Run(there, "CLUSTER=slurm", ONE_NODE)
+    try:
+        wait_for((there / UNIT / "sft" / "train.json").exists, run)  # the rest of the job is still to come
+        (job,) = [number for number, rule in queue().items() if rule == "train"]
+        before = manifest(there, "sft/train.json")
+        subprocess.run(["scancel", job], check=True)
+        assert not (there / UNIT / "train_all.json").exists()
+    finally:
+        (code, output), (local_code, local_output) = run.end(), local.end()
+    assert (code, local_code) == (0, 0), output + local_output
+    assert f"SLURM-job '{job}' failed, SLURM status is: 'CANCELLED'" in output and "Trying to restart job" in output, output
+    submitted = re.findall(r"has been submitted with SLURM jobid (\d+) \(log: \S*/rule_(\w+)/", output)
+    assert sorted(rule for _, rule in submitted) == sorted(["data", "train", "train", "evaluate", "confidence", "sweep", "report", "experiments"])
+    assert manifest(there, "sft/train.json") == before  # what was done was not done again
+    assert results(there) == results(here)
