@@ -609,6 +609,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'catto.train._key': ('train.html#_key', 'catto/train.py'),
                              'catto.train._launch': ('train.html#_launch', 'catto/train.py'),
                              'catto.train._log': ('train.html#_log', 'catto/train.py'),
+                             'catto.train._named_for_reference': ('train.html#_named_for_reference', 'catto/train.py'),
                              'catto.train._preference_trainer': ('train.html#_preference_trainer', 'catto/train.py'),
                              'catto.train._probs_of': ('train.html#_probs_of', 'catto/train.py'),
                              'catto.train._rcft_trainer': ('train.html#_rcft_trainer', 'catto/train.py'),

@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
@@ -117,7 +118,8 @@ def fit_context(
 ):  # (Dataset, number of rows left out)
     "The rows that fit into the context. Raises `ValueError` when none does."
     columns = [c for c in ("completion", "chosen", "rejected") if c in rows.column_names]
-    lengths = [max(len(tokenizer.encode(row["prompt"] + row[c])) for c in columns) + 1 for row in rows]
+    ids = [tokenizer([prompt + response for prompt, response in zip(rows["prompt"], rows[c])])["input_ids"] for c in columns]
+    lengths = [max(map(len, responses)) + 1 for responses in zip(*ids)]
     keep = [i for i, n in enumerate(lengths) if n <= context_tokens]
     if not keep:
         raise ValueError(f"no row fits into context_tokens = {context_tokens}: the shortest has {min(lengths)} tokens")
@@ -217,7 +219,7 @@ class CATTOTrainer(DPOTrainer):
                 raise ValueError(f"{left_out}: none is left; raise max_length")
             print(f"{left_out} and are left out")
         check_labels(rows, self._tokenizer, args, dataset_name)
-        return rows
+        return _named_for_reference(rows, args, dataset_name) if args.precompute_ref_log_probs else rows
 
     def _compute_loss(self, model, inputs, return_outputs):
         weight, reward_weight = self.args.calibration_weight, self.args.reward_calibration_weight
@@ -294,6 +296,18 @@ class CATTOTrainer(DPOTrainer):
         metrics["calibration/surrogate"].append((gather((surrogate * mask).sum()).sum() / count).item())
         largest = metrics["calibration/largest_gradient"]
         largest[:] = [max([gather(steepest).max().item(), *largest])]  # one entry: a maximum, where TRL averages
+
+
+_NOT_OF_REFERENCE = {f.name for f in dataclasses.fields(CATTOConfig)} - {f.name for f in dataclasses.fields(DPOConfig)}
+_NOT_OF_REFERENCE |= {"output_dir", "learning_rate", "loss_type", "beta"}
+
+
+def _named_for_reference(rows, args, name):
+    """The same rows under a fingerprint of what their reference log-probs depend on: TRL keeps these by fingerprint and by the reference's
+    weights, but its fingerprint holds every argument, so that each method would compute them anew."""
+    read = {key: value for key, value in args.to_dict().items() if key not in _NOT_OF_REFERENCE}
+    text = json.dumps([name, read, *(rows[column] for column in ("prompt_ids", "chosen_ids", "rejected_ids"))], default=str)
+    return rows.select(range(len(rows)), new_fingerprint=Hasher.hash(text))
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-9
 def check_labels(
