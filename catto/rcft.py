@@ -237,7 +237,41 @@ def _find_label(row, number, tokenizer, options, prefix, max_length, name):
             raise ValueError(f"max_length = {max_length} cuts the label off a {name} response; raise it or leave the row out")
     return {"row": number, "label_place": -1 if place is None else start + place, "option_ids": ids}
 
-# %% ../nbs/03c_rcft.ipynb #23a2fcf4-12
+# %% ../nbs/03c_rcft.ipynb #rcft-rows
+class _LabelledRows(SmoothedSFTTrainer):
+    "`SmoothedSFTTrainer` whose rows know where their label is and what it is chosen from."
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        "TRL's tokenised rows with the label's place; rows without one are counted."
+        rows = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if not args.rcft_weight:
+            return rows
+        if not isinstance(rows, Dataset):
+            raise TypeError(f"{dataset_name} rows are a {type(rows).__name__}: RCFT takes a Dataset")
+        if "label_place" in rows.column_names:  # prepared before
+            return rows
+        rows = rows.map(_find_label, fn_kwargs=dict(tokenizer=self._tokenizer, options=args.options, prefix=args.answer_prefix,
+                                                    max_length=args.max_length, name=dataset_name), with_indices=True)
+        without = sum(place < 0 for place in rows["label_place"])
+        if without == len(rows):
+            raise ValueError(f"no {dataset_name} response names one of its options after {args.answer_prefix!r}, by a token of its own: "
+                             "there is nothing to calibrate")
+        if without:
+            print(f"{without} of {len(rows)} {dataset_name} responses name none of their options after {args.answer_prefix!r} "
+                  "and get no penalty")
+        return rows
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "label_place", "option_ids"])]
+
+    def _option_logits(self, hidden, attention_mask, place, ids):
+        "Logits of the options of the rows that have a label."
+        rows, model = (place >= 0).nonzero().squeeze(-1), self._causal_model()
+        before = attention_mask.int().argmax(-1)[rows] + place[rows] - 1  # the label is predicted one token earlier
+        return option_logits(hidden[rows, before], _head_of(model), ids[rows], **_logit_shape(model.config.get_text_config()))
+
+# %% ../nbs/03c_rcft.ipynb #rcft-estep
 class _EStep(TrainerCallback):
     "Estimate before each epoch, unless a checkpoint brought the estimate of this epoch with it."
 
@@ -250,8 +284,8 @@ class _EStep(TrainerCallback):
             self.trainer.estimate(epoch)
 
 
-class RCFTTrainer(SmoothedSFTTrainer):
-    "TRL's `SFTTrainer` with the calibration term of Eq. 14; `rcft_weight=0` is plain SFT."
+class _EStepTrainer(_LabelledRows):
+    "What the model's confidence is worth, asked before each epoch."
 
     def __init__(self, model, args=None, *others, calibration=None, **kwargs):
         if not isinstance(args, RCFTConfig):
@@ -301,29 +335,9 @@ class RCFTTrainer(SmoothedSFTTrainer):
             bins[row.cpu()] = found.cpu()
         return bins
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        "TRL's tokenised rows with the label's place; rows without one are counted."
-        rows = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if not args.rcft_weight:
-            return rows
-        if not isinstance(rows, Dataset):
-            raise TypeError(f"{dataset_name} rows are a {type(rows).__name__}: RCFT takes a Dataset")
-        if "label_place" in rows.column_names:  # prepared before
-            return rows
-        rows = rows.map(_find_label, fn_kwargs=dict(tokenizer=self._tokenizer, options=args.options, prefix=args.answer_prefix,
-                                                    max_length=args.max_length, name=dataset_name), with_indices=True)
-        without = sum(place < 0 for place in rows["label_place"])
-        if without == len(rows):
-            raise ValueError(f"no {dataset_name} response names one of its options after {args.answer_prefix!r}, by a token of its own: "
-                             "there is nothing to calibrate")
-        if without:
-            print(f"{without} of {len(rows)} {dataset_name} responses name none of their options after {args.answer_prefix!r} "
-                  "and get no penalty")
-        return rows
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "label_place", "option_ids"])]
+# %% ../nbs/03c_rcft.ipynb #23a2fcf4-12
+class RCFTTrainer(_EStepTrainer):
+    "TRL's `SFTTrainer` with the calibration term of Eq. 14; `rcft_weight=0` is plain SFT."
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.args.rcft_weight:
@@ -345,12 +359,6 @@ class RCFTTrainer(SmoothedSFTTrainer):
         if self._bins is None:  # a checkpoint brought them
             self._bins = torch.tensor(self.estimates[-1]["bins"])
         return self._bins[row.cpu()]
-
-    def _option_logits(self, hidden, attention_mask, place, ids):
-        "Logits of the options of the rows that have a label."
-        rows, model = (place >= 0).nonzero().squeeze(-1), self._causal_model()
-        before = attention_mask.int().argmax(-1)[rows] + place[rows] - 1  # the label is predicted one token earlier
-        return option_logits(hidden[rows, before], _head_of(model), ids[rows], **_logit_shape(model.config.get_text_config()))
 
     def _penalty(self, hidden, attention_mask, place, ids, bins=None):
         "L_ECE: mean over the rows of the batch that have a label; logged beside TRL's metrics. `bins` as in `ece_penalty`."
