@@ -193,6 +193,18 @@ def _probs_of(
     fields = output.log_probs, output.confidence, output.competitor
     return output, TokenProbs(*(field[:, -tokens:] for field in fields))
 
+# %% ../nbs/03_train.ipynb #ref00002
+_NOT_OF_REFERENCE = {f.name for f in dataclasses.fields(CATTOConfig)} - {f.name for f in dataclasses.fields(DPOConfig)}
+_NOT_OF_REFERENCE |= {"output_dir", "learning_rate", "loss_type", "beta"}
+
+
+def _named_for_reference(rows, args, name):
+    """The same rows under a fingerprint of what their reference log-probs depend on: TRL keeps these by fingerprint and by the reference's
+    weights, but its fingerprint holds every argument, so that each method would compute them anew."""
+    read = {key: value for key, value in args.to_dict().items() if key not in _NOT_OF_REFERENCE}
+    text = json.dumps([name, read, *(rows[column] for column in ("prompt_ids", "chosen_ids", "rejected_ids"))], default=str)
+    return rows.select(range(len(rows)), new_fingerprint=Hasher.hash(text))
+
 # %% ../nbs/03_train.ipynb #23a2fcf4-8
 class CATTOTrainer(DPOTrainer):
     "TRL's `DPOTrainer` with the calibration loss of Eq. 7; `calibration_weight=0` is TRL's own step."
@@ -296,18 +308,6 @@ class CATTOTrainer(DPOTrainer):
         metrics["calibration/surrogate"].append((gather((surrogate * mask).sum()).sum() / count).item())
         largest = metrics["calibration/largest_gradient"]
         largest[:] = [max([gather(steepest).max().item(), *largest])]  # one entry: a maximum, where TRL averages
-
-
-_NOT_OF_REFERENCE = {f.name for f in dataclasses.fields(CATTOConfig)} - {f.name for f in dataclasses.fields(DPOConfig)}
-_NOT_OF_REFERENCE |= {"output_dir", "learning_rate", "loss_type", "beta"}
-
-
-def _named_for_reference(rows, args, name):
-    """The same rows under a fingerprint of what their reference log-probs depend on: TRL keeps these by fingerprint and by the reference's
-    weights, but its fingerprint holds every argument, so that each method would compute them anew."""
-    read = {key: value for key, value in args.to_dict().items() if key not in _NOT_OF_REFERENCE}
-    text = json.dumps([name, read, *(rows[column] for column in ("prompt_ids", "chosen_ids", "rejected_ids"))], default=str)
-    return rows.select(range(len(rows)), new_fingerprint=Hasher.hash(text))
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-9
 def check_labels(
@@ -700,7 +700,35 @@ def _key(settings, task, seed, run, root):
             "settings": {n: getattr(settings, n) for n in names}, "data": {n: outputs[f"{n}.parquet"] for n in (rows, "validation")},
             "code": code_hash("data", "predict", "train", *_CODE[method.kind])}
 
-# %% ../nbs/03_train.ipynb #23a2fcf4-18
+# %% ../nbs/03_train.ipynb #run00001
+def _train_run(settings, task, seed, run, root, key):
+    "The work of one run: (facts, files written)."
+    method, folder = METHODS[run.method], run_folder(root, settings, task, seed, run.name)
+    facts = {"method": run.method, "changes": dict(run.changes)}
+    shutil.rmtree(folder / "model", ignore_errors=True)  # of another key, which a run that diverges would leave in place
+    (folder / "predictions_validation.parquet").unlink(missing_ok=True)
+    if key["base"]["diverged"]:
+        return facts | {"diverged": True, "base_diverged": method.base}, []
+    if method.kind == "scaled":
+        return facts | {"diverged": False, "temperature": key["base"]["temperature"]}, []
+    _forget_other_checkpoints(folder, key)
+    data = run_folder(root, settings, task, seed, "data")
+    rows, validation = (Dataset.from_parquet(str(data / f"{name}.parquet")) for name in key["data"])
+    outputs, trained = train_method(
+        run.settings(settings), rows, run.method, seed, folder=folder, validation=validation,
+        base=run_folder(root, settings, task, seed, method.base) / "model" if method.base else None)
+    return facts | trained, outputs
+
+
+def _forget_other_checkpoints(folder, key):
+    "Remove checkpoints that were made from another key."
+    owner = folder / "checkpoints" / "key.txt"
+    if not owner.exists() or owner.read_text() != fingerprint(key):
+        shutil.rmtree(owner.parent, ignore_errors=True)
+        owner.parent.mkdir(parents=True)
+        owner.write_text(fingerprint(key))
+
+# %% ../nbs/03_train.ipynb #run00003
 @contextlib.contextmanager
 def _imports_frozen():
     "Leave what is there now out of garbage collections: each training asks for one, which took a sixth of a short run."
@@ -711,7 +739,7 @@ def _imports_frozen():
     finally:
         gc.unfreeze()
 
-
+# %% ../nbs/03_train.ipynb #23a2fcf4-18
 def train_runs(
     settings,  # Settings
     task,  # training task
@@ -734,26 +762,7 @@ def train_runs(
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return manifests
 
-
-def _train_run(settings, task, seed, run, root, key):
-    "The work of one run: (facts, files written)."
-    method, folder = METHODS[run.method], run_folder(root, settings, task, seed, run.name)
-    facts = {"method": run.method, "changes": dict(run.changes)}
-    shutil.rmtree(folder / "model", ignore_errors=True)  # of another key, which a run that diverges would leave in place
-    (folder / "predictions_validation.parquet").unlink(missing_ok=True)
-    if key["base"]["diverged"]:
-        return facts | {"diverged": True, "base_diverged": method.base}, []
-    if method.kind == "scaled":
-        return facts | {"diverged": False, "temperature": key["base"]["temperature"]}, []
-    _forget_other_checkpoints(folder, key)
-    data = run_folder(root, settings, task, seed, "data")
-    rows, validation = (Dataset.from_parquet(str(data / f"{name}.parquet")) for name in key["data"])
-    outputs, trained = train_method(
-        run.settings(settings), rows, run.method, seed, folder=folder, validation=validation,
-        base=run_folder(root, settings, task, seed, method.base) / "model" if method.base else None)
-    return facts | trained, outputs
-
-
+# %% ../nbs/03_train.ipynb #run00005
 def train_methods(
     settings,  # Settings
     task,  # training task
@@ -764,12 +773,3 @@ def train_methods(
     "Train every method with each learning rate of its grid."
     runs = [run for method in methods or settings.methods for run in grid(settings, task, method)]
     return train_runs(settings, task, seed, runs, root)
-
-
-def _forget_other_checkpoints(folder, key):
-    "Remove checkpoints that were made from another key."
-    owner = folder / "checkpoints" / "key.txt"
-    if not owner.exists() or owner.read_text() != fingerprint(key):
-        shutil.rmtree(owner.parent, ignore_errors=True)
-        owner.parent.mkdir(parents=True)
-        owner.write_text(fingerprint(key))
