@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from catto.claims import read_claims
 from catto.eval import expected_calibration_error
 from catto.experiments import (
-    RECIPE, REFERENCE, Case, Outcome, cal_dpo_cases, check_gradients, compare, gradient_bound, gradient_cases, gradient_table, read_outcome, recipe_of, recommend,
+    RECIPE, REFERENCE, Case, Outcome, cal_dpo_cases, check_gradients, compare, gradient_bound, gradient_cases, gradient_table, plot_sweep, read_outcome, recipe_of, recommend,
     sequence_cases, sweep_cases, sweep_runs, sweep_table, transfer_cases, what_is_missing, write_experiments)
 from catto.methods import METHODS, Run
 from catto.settings import file_hash, load, run_folder
@@ -314,3 +315,17 @@ def test_a_sweep_without_its_reference_has_no_differences(settings):
     assert table["ece_difference"].isna().all() and table["test_ece"].notna().sum() == len(cases) - 1
     with pytest.raises(ValueError, match="no complete dpo_matched"):
         recommend(table)
+
+
+def test_the_sweep_figure_cuts_off_nothing():
+    "Panels of a row share their axis: what the last one draws must not lie beyond what the first one needed."
+    ece = {("linear", 0.1): 5.0, ("linear", 1.0): 6.0, ("bce", 0.1): 20.0, ("bce", 1.0): 60.0}
+    rows = [dict(form="none", tokens="none", scale=1.0, weight=0.0, state="done", test_ece=10.0, test_accuracy=60.0)]
+    rows += [dict(form=form, tokens="all", scale=1.0, weight=weight, state="done", test_ece=value, test_accuracy=60.0, test_ece_min=value - 1,
+                  test_ece_max=value + 3, test_accuracy_min=50.0, test_accuracy_max=70.0, ece_low=-1.0, ece_high=1.0, accuracy_low=-1.0,
+                  accuracy_high=1.0) for (form, weight), value in ece.items()]
+    figure = plot_sweep(pd.DataFrame(rows))
+    panels = figure.axes[:2]
+    assert {ax.get_ylim()[0] for ax in panels} == {0.0}
+    assert all(ax.get_ylim()[1] >= 63.0 for ax in panels)
+    plt.close(figure)
