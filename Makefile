@@ -70,7 +70,7 @@ plan: $(STAMP) ## say what reproduce would run and what that takes, and run noth
 rehearse: $(STAMP) ## take every step of PROFILE once, small, into data/rehearsal/: sample rows, a random model [PROFILE=paper SAMPLES=<folder>]
 	@$(OFFLINE) "$(BIN)/python" -c 'import sys; from catto.settings import quiet; quiet(); \
 	  from catto.rehearsal import main; sys.exit(main(*sys.argv[1:]))' "$(REHEARSAL)" "$(PROFILE)" "$(SAMPLES)"
-	@$(MAKE) --no-print-directory reproduce PROFILE=rehearsal GPUS=$(JOBS) CONFIG="settings=$(REHEARSAL)/settings.ini root=$(REHEARSAL)"
+	@CUDA_VISIBLE_DEVICES= $(MAKE) --no-print-directory reproduce PROFILE=rehearsal GPUS=1000 CONFIG="settings=$(REHEARSAL)/settings.ini root=$(REHEARSAL)"
 
 teacher-plan: $(STAMP) ## count the requests to the teacher that are left, with their price, and send nothing
 	@$(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'import sys; from catto.settings import load, quiet; quiet(); \
