@@ -442,8 +442,8 @@ def _calibrated_forward(model, args, labels, extras, kwargs):
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    head = _head_of(model)  # refused, if it must be, before any work
     outputs = model.base_model(*args, **{**kwargs, "use_cache": False})
+    head = _head_of(model)  # FSDP2 has gathered its weight with the last norm's; asked earlier, it would lie in shares
     hidden = outputs.last_hidden_state[:, :-1].to(head.weight.device)  # a model split over devices may end on another
     labels = labels[:, 1:].to(head.weight.device)
     probs, others = calibrated_head(hidden, head.weight, labels, head.bias, extras, **_logit_shape(config))

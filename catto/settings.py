@@ -135,7 +135,7 @@ class Settings:
     sweep_tokens: tuple[str, ...] = setting(choices=("all", "label"))
     sweep_scales: tuple[float, ...] = setting(low=1e-6)
     sweep_betas: tuple[float, ...] = setting(low=1e-6)
-    parallel: str = setting(choices=("none", "ddp"))
+    parallel: str = setting(choices=("none", "ddp", "fsdp"))
     parallel_processes: int = setting(low=2)
     step_cores: int = setting(low=1)
     gpu_step_memory: int = setting(low=1)
@@ -268,6 +268,12 @@ def _check_together(values):
         if values[name] % values["parallel_processes"]:
             raise ValueError(f"setting 'parallel_processes' = {values['parallel_processes']}: a divisor of {name} = {values[name]} is accepted, "
                              f"because parallel = {values['parallel']} divides each batch")
+    if values["parallel"] == "fsdp" and (refused := [m for m in values["methods"] if m in ("sft_ls", "rcft")]):
+        raise ValueError(f"setting 'parallel' = 'fsdp' does not train {', '.join(refused)}, whose losses read weights of the output layer that "
+                         "lie in shares: leave them out of methods; none and ddp are accepted for them")
+    if values["parallel"] == "fsdp" and values["lora_rank"]:
+        raise ValueError(f"setting 'parallel' = 'fsdp' with lora_rank = {values['lora_rank']}: adapters are small, so ddp is accepted for them; fsdp "
+                         "takes lora_rank = 0")
 
 # %% ../nbs/00a_settings.ipynb #23a2fcf4-8
 def quiet():

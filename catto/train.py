@@ -522,7 +522,7 @@ def check_disk(
     args = trainer.args
     steps = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)) * math.ceil(args.num_train_epochs)
     every = args.save_steps if args.save_strategy == "steps" else steps / math.ceil(args.num_train_epochs)
-    one = checkpoint_bytes(trainer.model)
+    one = checkpoint_bytes(trainer.model) + trainer.is_fsdp_enabled * sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*"))  # of a run that is resumed
@@ -566,6 +566,8 @@ def _fit(settings, dataset, method, seed, folder, validation, base):
         start[0].peft_config["default"].target_modules = sorted(start[0].peft_config["default"].target_modules)
     rows, left_out = fit_context(dataset, start[1], settings.context_tokens)
     trainer = TRAINERS[kind](settings, method, rows, seed, where, start, validation)
+    if settings.parallel == "fsdp" and not trainer.is_fsdp_enabled:
+        raise ValueError("setting 'parallel' = 'fsdp' needs GPUs: none and ddp are accepted without")
     check_disk(trainer)
     trainer.remove_callback(PrinterCallback)  # the log is kept as a file
     for callback in (_MarkWhole(), _StopWhenDiverged()):
@@ -622,18 +624,22 @@ def _write_log(folder, trainer):
 def _keep(folder, checkpoint, predictions):
     "Copy the best checkpoint's model and tokenizer, write the predictions; the files of the training."
     shutil.rmtree(folder / "model", ignore_errors=True)
-    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole", "rcft", "ref")
+    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "README", "whole", "rcft", "ref", "pytorch_model_fsdp")
     shutil.copytree(checkpoint, folder / "model", ignore=shutil.ignore_patterns(*(f"{name}*" for name in state)))
     predictions.to_parquet(folder / "predictions_validation.parquet", index=False)
     return [folder / "training_log.csv", folder / "predictions_validation.parquet", *sorted((folder / "model").iterdir())]
 
 # %% ../nbs/03_train.ipynb #launch01
 def launch_configuration(
-    settings,  # Settings; parallel_processes is used
+    settings,  # Settings; parallel and parallel_processes are used
 ):  # dict, as `accelerate launch --config_file` reads it
     "One machine, a process for each GPU; a configuration of the user's own changes nothing."
-    return dict(compute_environment="LOCAL_MACHINE", distributed_type="MULTI_GPU", num_machines=1, num_processes=settings.parallel_processes,
-                main_process_port=0, mixed_precision="no", use_cpu=False, debug=False)  # precision is an argument of the trainer
+    shared = dict(compute_environment="LOCAL_MACHINE", num_machines=1, num_processes=settings.parallel_processes, main_process_port=0,
+                  mixed_precision="no", use_cpu=False, debug=False)  # precision is an argument of the trainer
+    if settings.parallel == "ddp":
+        return shared | dict(distributed_type="MULTI_GPU")
+    return shared | dict(distributed_type="FSDP", fsdp_config=dict(
+        fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_state_dict_type="FULL_STATE_DICT"))
 
 # %% ../nbs/03_train.ipynb #launch05
 def _launch(*arguments):

@@ -21,7 +21,7 @@ from test_pipeline import TASK, UNIT, Run, copy_repository, make, manifest, resu
 
 from catto.data import prepare_data
 from catto.methods import METHODS
-from catto.settings import load
+from catto.settings import fingerprint, load
 from catto.train import train_method
 
 REPO = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ ONE_NODE = "OPTIONS=--slurm-status-command squeue --slurm-no-account --slurm-ini
 
 @pytest.mark.parametrize("word", ["slrm", "", "local slurm"])
 def test_an_unknown_cluster_is_refused_with_what_is_accepted(word):
-    tried = subprocess.run(["make", "reproduce", f"CLUSTER={word}"], cwd=REPO, capture_output=True, text=True)
+    tried = subprocess.run(["make", "--no-print-directory", "reproduce", f"CLUSTER={word}"], cwd=REPO, capture_output=True, text=True)
     assert tried.returncode != 0 and not tried.stdout, tried.stdout
     assert f"CLUSTER = '{word}': accepted are local node slurm." in tried.stderr, tried.stderr
 
@@ -90,13 +90,18 @@ def trained(tmp_path_factory):
 
     def arguments(method, base=None, **settings):
         rows = data["preferences"].select(range(24)) if METHODS[method].kind == "preference" else data["sft"].select(range(64))
-        folder = root / f"{method}_{'_'.join(map(str, settings.values())) or 'none'}"
+        folder = root / f"{method}_{fingerprint(settings)[:8]}"
         return (load("tiny", file=ini, **settings), rows, method, 0), dict(folder=folder, validation=data["validation"], base=base)
     return arguments
 
 
 def weights(folder, step):
-    return torch.cat([w.flatten() for _, w in sorted(load_file(folder / "checkpoints" / f"checkpoint-{step}" / "model.safetensors").items())])
+    "All trained weights of a checkpoint, or its adapters; the output layer is the embedding, and counts once."
+    (file,) = (folder / "checkpoints" / f"checkpoint-{step}").glob("*model.safetensors")
+    tensors = load_file(file)
+    if (head := tensors.pop("lm_head.weight", None)) is not None:  # written by FSDP
+        assert torch.equal(head, tensors["model.embed_tokens.weight"])
+    return torch.cat([tensor.flatten() for _, tensor in sorted(tensors.items())])
 
 
 def assert_same_training(one, two, facts, tolerance):
@@ -140,14 +145,64 @@ def test_two_processes_give_the_weights_of_one_also_when_they_were_killed(traine
     assert_same_training(alone[1]["folder"], folder, facts, 1e-4)
 
 
-@pytest.mark.parametrize("method", ["rcft", "dpo_catto"])
-def test_two_processes_give_the_weights_of_one(method, trained, one_thread):
+@pytest.mark.parametrize("method, rank", [("rcft", 0), ("dpo_catto", 0), ("dpo_catto", 2)])
+def test_two_processes_give_the_weights_of_one(method, rank, trained, one_thread):
+    base, words = trained("sft"), {}
+    if not (base[1]["folder"] / "model").exists():
+        train_method(*base[0], **base[1])
+    if rank:  # adapters on a model in a folder
+        words = dict(model=base[1]["folder"] / "model", lora_rank=rank)
+        base = trained("sft", **words)
+        train_method(*base[0], **base[1])
+    alone, launched = (trained(method, base=base[1]["folder"] / "model", **words, **more) for more in ({}, DDP))
+    facts = [train_method(*args, **kwargs)[1] for args, kwargs in (alone, launched)]
+    assert_same_training(alone[1]["folder"], launched[1]["folder"], facts, 1e-2)
+
+
+FSDP = DDP | dict(parallel="fsdp")
+SHARES = """# FSDP for processes without a GPU, which accelerate keeps for devices
+import os
+import accelerate.state, torch
+from accelerate.utils import DistributedType
+
+def prepare(self, *args, **kwargs):
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return "gloo", DistributedType.MULTI_GPU
+
+if "LOCAL_RANK" in os.environ:
+    accelerate.state.PartialState._prepare_backend = prepare
+    accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+"""
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo_catto"])
+def test_shares_of_a_model_give_the_weights_of_the_whole_also_when_resumed(method, trained, one_thread, monkeypatch, tmp_path):
     base = trained("sft")
     if not (base[1]["folder"] / "model").exists():
         train_method(*base[0], **base[1])
-    alone, launched = (trained(method, base=base[1]["folder"] / "model", **words) for words in ({}, DDP))
+    base = base[1]["folder"] / "model" if method != "sft" else None
+    (tmp_path / "sitecustomize.py").write_text(SHARES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    alone, launched = (trained(method, base=base, **words) for words in ({}, FSDP))
+    folder = launched[1]["folder"]
     facts = [train_method(*args, **kwargs)[1] for args, kwargs in (alone, launched)]
-    assert_same_training(alone[1]["folder"], launched[1]["folder"], facts, 1e-2)
+    assert_same_training(alone[1]["folder"], folder, facts, 1e-4)
+    assert not facts[1]["resumed"]
+    steps = sorted(map(int, facts[1]["validation_accuracy"]))
+    if len(steps) > 1:
+        for step in steps[1:]:
+            shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step}")
+        again = train_method(*launched[0], **launched[1])[1]
+        assert again["resumed"]
+        assert_same_training(alone[1]["folder"], folder, [facts[0], again], 1e-4)
+
+
+def test_shares_without_gpus_are_refused(trained, one_thread):
+    args, kwargs = trained("sft", **FSDP)
+    shutil.rmtree(kwargs["folder"], ignore_errors=True)
+    with pytest.raises(ChildProcessError, match="'parallel' = 'fsdp' needs GPUs: none and ddp are accepted without"):
+        train_method(*args, **kwargs)
 
 
 def test_a_training_that_fails_says_why(trained, one_thread):
