@@ -202,8 +202,8 @@ def _named_for_reference(rows, args, name):
     """The same rows under a fingerprint of what their reference log-probs depend on: TRL keeps these by fingerprint and by the reference's
     weights, but its fingerprint holds every argument, so that each method would compute them anew."""
     read = {key: value for key, value in args.to_dict().items() if key not in _NOT_OF_REFERENCE}
-    text = json.dumps([name, read, *(rows[column] for column in ("prompt_ids", "chosen_ids", "rejected_ids"))], default=str)
-    return rows.select(range(len(rows)), new_fingerprint=Hasher.hash(text))
+    ids = json.dumps([rows[column][:] for column in ("prompt_ids", "chosen_ids", "rejected_ids")])
+    return rows.select(range(len(rows)), new_fingerprint=Hasher.hash(f"{name} {read} {ids}"))
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-8
 class CATTOTrainer(DPOTrainer):

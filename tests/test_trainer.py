@@ -120,27 +120,29 @@ def leave_label_out(label, words):
 
 @pytest.mark.parametrize("changes, passes", [
     (dict(loss_type="ipo", beta=0.3, learning_rate=1e-3, calibration_form="bce", reward_calibration_weight=1.0), 0),
-    (dict(reference_seed=2), 2), (dict(max_length=255), 2), (dict(per_device_train_batch_size=2), 4), (dict(ld_alpha=0.5), 2),
-    (dict(precompute_ref_batch_size=8), 1),
+    (dict(reference_seed=2), 6), (dict(max_length=255), 6), (dict(per_device_train_batch_size=2), 12), (dict(ld_alpha=0.5), 6),
+    (dict(precompute_ref_batch_size=8), 3), (dict(changed_row=17), 6),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value))
 def test_the_reference_is_asked_again_only_where_it_would_say_something_else(make, tmp_path, monkeypatch, changes, passes):
-    pairs().to_parquet(tmp_path / "rows.parquet")
+    pairs(24).to_parquet(tmp_path / "rows.parquet")
     calls, ask = [], DPOTrainer.compute_ref_log_probs
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *args: calls.append(1) or ask(*args))
 
-    def rows(**options):
+    def rows(changed_row=None, **options):
         stored = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+        if changed_row:
+            stored = stored.map(lambda row, i: row | {"chosen": response("D", 9)} if i == changed_row else row, with_indices=True)
         trained = make(rows=stored, **options).train_dataset
         return [trained["ref_chosen_logps"][:], trained["ref_rejected_logps"][:]]
 
     first = rows(output_dir=str(tmp_path / "one"))
-    assert len(calls) == 2
+    assert len(calls) == 6
     second = rows(output_dir=str(tmp_path / "two"), **changes)
-    assert len(calls) - 2 == passes
+    assert len(calls) - 6 == passes
     if not passes:
         monkeypatch.setattr("catto.train._named_for_reference", lambda rows, args, name: rows)  # TRL's own fingerprint
         third = rows(output_dir=str(tmp_path / "three"), **changes)
-        assert len(calls) == 4 and first == second == third
+        assert len(calls) == 12 and first == second == third
 
 
 # --- what is taken from TRL
