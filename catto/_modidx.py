@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'catto.predict.load_model': ('predict.html#load_model', 'catto/predict.py'),
                                'catto.predict.load_tokenizer': ('predict.html#load_tokenizer', 'catto/predict.py'),
                                'catto.predict.load_vllm': ('predict.html#load_vllm', 'catto/predict.py'),
+                               'catto.predict.load_writer': ('predict.html#load_writer', 'catto/predict.py'),
                                'catto.predict.predict': ('predict.html#predict', 'catto/predict.py')},
             'catto.rcft': { 'catto.rcft.RCFTConfig': ('rcft.html#rcftconfig', 'catto/rcft.py'),
                             'catto.rcft.RCFTConfig.__post_init__': ('rcft.html#rcftconfig.__post_init__', 'catto/rcft.py'),

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from .eval import _flags, _learning_rate, _manifest, _probabilities, _whole, chosen_run
 from .methods import METHODS
-from .predict import load_model, predict
+from .predict import load_writer, predict
 from .settings import code_hash, file_hash, load, run_folder, run_step, write_summary
 
 # %% ../nbs/05_confidence_at_k.ipynb #23a2fcf4-2
@@ -269,14 +269,14 @@ def sample_pool(
     asked = {"candidates": settings.candidates, "temperature": trained.get("temperature"), "seed": seed}
     key = asked | {"step": "pool", "task": task, "run": run.name, "trained": trained["outputs"], "diverged": bool(trained.get("diverged")),
                    "questions": file_hash(questions), "max_new_tokens": settings.max_new_tokens, "batch": settings.generation_batch_size,
-                   "dtype": settings.dtype, "code": code_hash("data", "predict", "settings")}  # a new rule samples nothing anew
+                   "dtype": settings.dtype, "backend": settings.backend, "code": code_hash("data", "predict", "settings")}  # a new rule samples nothing anew
 
     def work():
         path.unlink(missing_ok=True)  # of a run that has diverged since
         facts = {"run": run.name, "temperature": asked["temperature"], "diverged": key["diverged"]}
         if key["diverged"]:
             return facts, []
-        rows = predict(*load_model(folder / "model", settings.dtype), Dataset.from_parquet(str(questions)), settings.generation_batch_size,
+        rows = predict(*load_writer(settings, folder / "model", asked["temperature"]), Dataset.from_parquet(str(questions)), settings.generation_batch_size,
                        settings.max_new_tokens, **asked).to_pandas()
         produced = {"profile": settings.profile, "trained_on": task, "method": method, "seed": seed, "split": "test"}
         rows.assign(**produced, learning_rate=_learning_rate(settings, run)).to_parquet(path, index=False)

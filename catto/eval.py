@@ -22,7 +22,7 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from .data import prepare_data
 from .methods import METHODS, Run, grid
-from .predict import LOADERS, first_tokens, fit_temperature, load_model, predict  # all but the first also reached from here
+from .predict import load_writer, first_tokens, fit_temperature, load_model, predict  # all but the first also reached from here
 from .settings import code_hash, file_hash, load, run_folder, run_step, write_summary
 
 # %% ../nbs/04_eval.ipynb #23a2fcf4-2
@@ -462,8 +462,7 @@ def evaluate_method(
 
 def _predict_file(settings, questions, model, temperature, seed):
     "Rows for a file of questions; `seed` None writes greedily."
-    backend = settings.backend if temperature == 1 else "transformers"  # vLLM gives no probabilities at another temperature
-    model, tokenizer = LOADERS[backend](model, settings.dtype)
+    model, tokenizer = load_writer(settings, model, temperature)
     sampled = {} if seed is None else {"candidates": 1, "seed": seed}
     return predict(model, tokenizer, Dataset.from_parquet(str(questions)), settings.generation_batch_size, settings.max_new_tokens,
                    temperature=temperature, **sampled).to_pandas()

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
 
 import pandas as pd
 import pytest
@@ -263,6 +264,14 @@ def test_a_cut_of_the_rehearsal(repo, real_samples, tmp_path):
     for method in methods:
         assert evaluate_method(settings, "snli", 0, method, tmp_path)["outputs"] and sample_pool(settings, "snli", 0, method, tmp_path)["outputs"]
     assert not (tmp_path / "data" / "runs" / "paper").exists()
+
+
+def test_a_rehearsal_sees_no_gpu_and_waits_for_none(repo):
+    "Its steps ask for GPUs as those of the paper profile do; it gets as many as it likes, none of them real."
+    told = subprocess.run(["make", "-n", "rehearse", "PROFILE=paper", "SAMPLES=rows"], cwd=repo, capture_output=True, text=True).stdout
+    line = next(line for line in told.splitlines() if "snakemake" in line)
+    assert "--resources gpu=1000 " in line and "--jobs" not in line and "profile=rehearsal" in line  # as many steps at a time as the machine's profile says
+    assert any(line.startswith("CUDA_VISIBLE_DEVICES= ") for line in told.splitlines())
 
 
 def test_a_rehearsal_without_rows_says_what_to_give(repo, tmp_path, capsys, monkeypatch):

@@ -1,18 +1,22 @@
 """The adapter for vLLM, on objects of vLLM's shape that answer from a model of transformers. vLLM itself runs only where it is installed."""
 import dataclasses
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from test_predict import Scripted, distribution
 
 import catto.eval
+from catto.confidence import sample_pool
 from catto.data import format_prompt, load_questions
 from catto.predict import VLLMModel, _from_vllm, _write, answer_logits, load_vllm, predict
-from catto.settings import load
+from catto.settings import load, run_folder
 from catto.train import build_model, mini_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +57,7 @@ class SamplingParams:
 
     def __post_init__(self):
         assert 0 <= self.temperature <= 2 and self.max_tokens >= 1 and (self.seed is None or 0 <= self.seed < 2**63)
-        assert len(self.logprob_token_ids) <= 128 and self.logprobs == len(self.logprob_token_ids)
+        assert self.logprobs == -1 if self.logprob_token_ids is None else len(self.logprob_token_ids) == self.logprobs <= 128
 
 
 class Engine:
@@ -74,7 +78,8 @@ class Engine:
         while len(tokens) < params.max_tokens:
             log_pi = self.following(prompt + tokens).double().log_softmax(-1)
             token = given[len(tokens)] if given else int(log_pi.argmax())
-            logprobs.append({i: SimpleNamespace(logprob=float(log_pi[i])) for i in {token, *params.logprob_token_ids}})
+            kept = range(len(log_pi)) if params.logprobs == -1 else {token, *params.logprob_token_ids}
+            logprobs.append({i: SimpleNamespace(logprob=float(log_pi[i])) for i in kept})
             tokens.append(token)
             if token in params.stop_token_ids:
                 break
@@ -125,15 +130,15 @@ def scripted(tokenizer, asked):
     return model, planned
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled, temperature", [(False, 1.0), (True, 1.0), (False, 0.5), (True, 1.7)])
 @pytest.mark.parametrize("leads", [("", " "), ("",)], ids=["kept", "read again"])
-def test_every_place_of_a_label_gives_the_same_row(tokenizer, leads, sampled, monkeypatch):
-    "With one lead alone, the probabilities of a label after a space are not kept, but read again."
+def test_every_place_of_a_label_gives_the_same_row(tokenizer, leads, sampled, temperature, monkeypatch):
+    "With one lead alone, the probabilities of a label after a space are not kept, but read again; at another temperature than 1, all are."
     asked, kept = load_questions("commonsense_qa", split="test", n=6), []
     model, _ = scripted(tokenizer, asked)
     monkeypatch.setattr("catto.predict._LEADS", leads)
     monkeypatch.setattr("catto.predict._write", lambda *given: kept.append(_write(*given)) or kept[-1])
-    options = {"candidates": 2, "seed": 3} if sampled else {}
+    options = {"temperature": temperature, **({"candidates": 2, "seed": 3} if sampled else {})}
     theirs = predict(model, tokenizer, asked, batch_size=100, max_new_tokens=40, **options).to_list()
     drawn = [[*ids, tokenizer.eos_token_id] for ids in kept[0].tokens] if sampled else []
     engine = Engine(lambda ids: model._next(ids).float(), drawn)  # as the model itself gives them
@@ -142,10 +147,10 @@ def test_every_place_of_a_label_gives_the_same_row(tokenizer, leads, sampled, mo
     if not sampled:
         assert [row["predicted"] for row in ours[:3]] == ["B", "C", "D"] and [row["parsed"] for row in ours] == [True] * 3 + [False] * 3
         assert [row["finished"] for row in ours] == [True] * 4 + [False, True]
-        assert len(engine.asked[1]) == (3 if " " in leads else 4)  # those without a label, and the one after a space
+        assert len(engine.asked[1]) == (6 if temperature != 1 else 3 if " " in leads else 4)  # those without a label, and the one after a space
     seeds = [s.seed for _, s in engine.asked[0]]
     assert len(set(seeds)) == (12 if sampled else 1) and (seeds[0] is None) is not sampled
-    assert {s.temperature for _, s in engine.asked[0]} == {1.0 if sampled else 0.0}
+    assert {s.temperature for _, s in engine.asked[0]} == {temperature if sampled else 0.0}
 
 
 def test_a_sample_keeps_its_seed_whatever_else_is_asked(model, tokenizer):
@@ -173,25 +178,68 @@ def test_outputs_become_numbers():
 # ---------------------------------------------------------------- the setting, and what is refused
 
 
+def fake_vllm(monkeypatch, engine):
+    "A package vllm whose engines are `engine(model folder)`; list of the options that they are made with."
+    made, fake = [], ModuleType("vllm")
+    fake.SamplingParams, fake.LLM = SamplingParams, lambda **options: made.append(options) or engine(options["model"])
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    return made
+
+
 def test_the_setting_chooses_who_writes(settings, model, tokenizer, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
     load_questions("snli", split="test", n=2).to_parquet(str(tmp_path / "test.parquet"))
-    made, fake = [], ModuleType("vllm")
-    fake.SamplingParams, fake.LLM = SamplingParams, lambda **options: made.append(options) or engine_of(model)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
+    made = fake_vllm(monkeypatch, lambda path: engine_of(model))
     rows = {(backend, tau): catto.eval._predict_file(dataclasses.replace(settings, backend=backend, max_new_tokens=8), tmp_path / "test.parquet",
                                                      tmp_path / "model", tau, None)
-            for backend in ("transformers", "vllm") for tau in (1.0, 2.0)}
-    assert_same(rows["vllm", 1.0].to_dict("records"), rows["transformers", 1.0].to_dict("records"), 3e-6)
-    assert made == [dict(model=str(tmp_path / "model"), revision=None, dtype="float32", logprobs_mode="raw_logprobs", max_logprobs=128,
-                         generation_config="vllm")]  # once: the other temperature is left to transformers
-    assert_same(rows["vllm", 2.0].to_dict("records"), rows["transformers", 2.0].to_dict("records"), 0)
+            for backend in ("transformers", "vllm") for tau in (1.0, 2.0, 2.5)}
+    for tau in (1.0, 2.0, 2.5):
+        assert_same(rows["vllm", tau].to_dict("records"), rows["transformers", tau].to_dict("records"), 0 if tau == 2.5 else 3e-6)
+    assert made == 2 * [dict(model=str(tmp_path / "model"), revision=None, dtype="float32", logprobs_mode="raw_logprobs", max_logprobs=-1,
+                             generation_config="vllm")]  # the temperature that vLLM does not take is left to transformers
+
+
+def test_pools_are_written_by_it_too(settings, model, tokenizer, tmp_path, monkeypatch):
+    "At the temperature of the method; each candidate's tokens are those that the engine was told to draw."
+    settings = dataclasses.replace(settings, tasks=("snli",), preference_learning_rates=(1e-4,), candidates=2, max_new_tokens=8)
+    run = run_folder(tmp_path, settings, "snli", 0, "sft")
+    data = run_folder(tmp_path, settings, "snli", 0, "data")
+    run.mkdir(parents=True), data.mkdir(parents=True)
+    model.save_pretrained(run / "model"), tokenizer.save_pretrained(run / "model")
+    load_questions("snli", split="test", n=2).to_parquet(str(data / "test.parquet"))
+    (run / "train.json").write_text(json.dumps({"outputs": {}, "temperature": 1.5, "validation_ece": 0.1, "diverged": False}))
+    eos, drawn = tokenizer.eos_token_id, [tokenizer.encode(f"<answer> {word}") for word in ("neutral", "entailment", "neutral", "so")]
+    made = fake_vllm(monkeypatch, lambda path: engine_of(model, [[*ids, eos] for ids in drawn]))
+    pools = {backend: (sample_pool(dataclasses.replace(settings, backend=backend), "snli", 0, "sft", tmp_path),
+                       pd.read_parquet(run / "pool_test.parquet")) for backend in ("transformers", "vllm")}
+    assert len(made) == 1 and pools["vllm"][0]["key"] != pools["transformers"][0]["key"]
+    rows = pools["vllm"][1]
+    assert rows["text"].tolist() == [f"<answer> {word}" for word in ("neutral", "entailment", "neutral", "so")]
+    assert set(rows["temperature"]) == {1.5} and rows["parsed"].tolist() == [True, True, True, False]
+    first = tokenizer.encode(format_prompt(load_questions("snli", split="test", n=2)[0])) + drawn[0][:1]
+    with torch.no_grad():
+        p = (model(torch.tensor([first])).logits[0, -1].double() / 1.5).softmax(-1)
+    assert rows["confidence"][0] == pytest.approx(float(p[drawn[0][1]]), rel=1e-5)
+
+
+def test_adapters_are_merged_before_it_reads_them(settings, model, tokenizer, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "base"), tokenizer.save_pretrained(tmp_path / "base")
+    base, _ = catto.eval.load_model(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapters"), tokenizer.save_pretrained(tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "adapter_config.json").is_file()
+    fake_vllm(monkeypatch, lambda path: engine_of(catto.eval.load_model(path)[0].eval()))
+    asked = load_questions("snli", split="test", n=2)
+    ours, theirs, plain = (predict(*loaded, asked, max_new_tokens=6).to_list()
+                           for loaded in (load_vllm(tmp_path / "adapters"), catto.eval.load_model(tmp_path / "adapters"), (model, tokenizer)))
+    assert_same(ours, theirs, 1e-5)
+    assert all(a["in_option_mass"] != pytest.approx(b["in_option_mass"], rel=1e-3) for a, b in zip(ours, plain))
 
 
 def test_what_vllm_cannot_give_is_refused(model, tokenizer):
     asked, other = load_questions("snli", split="test", n=2), VLLMModel(engine_of(model), SamplingParams)
-    with pytest.raises(ValueError, match="temperature is 2.0: with vLLM only 1 is accepted.*use backend = transformers"):
-        predict(other, tokenizer, asked, temperature=2.0)
+    with pytest.raises(ValueError, match="temperature is 2.5: vLLM accepts at most 2; use backend = transformers"):
+        predict(other, tokenizer, asked, temperature=2.5)
     with pytest.raises(ValueError, match="load the model with load_model for answer_logits"):
         answer_logits(other, tokenizer, asked, Dataset.from_dict({"id": asked["id"], "text": ["", ""]}))
 
