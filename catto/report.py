@@ -886,9 +886,10 @@ def _goal_cells(contrasts, table, where, metric, share, points, a, b, lost):
         base = of(row["task"], b, metric)
         if base is None or np.isnan(row["difference"]):
             continue
-        fall, interval = -row["difference"] / base["mean"], f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
+        fall = -row["difference"] / base["mean"] if base["mean"] else np.nan  # nothing falls from 0
+        interval = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
         met = row["task"] not in gone and row["difference"] >= -points if points is not None else row["task"] not in gone and fall >= share and row["high"] < 0
-        yield row["task"], met, f"{row['task']} {interval}" + ("" if points is not None else f", {-fall:+.0%}")
+        yield row["task"], met, f"{row['task']} {interval}" + ("" if points is not None or np.isnan(fall) else f", {-fall:+.0%}")
     yield from ((task, False, "") for task in sorted(gone - set(rows["task"])))
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-40

@@ -302,6 +302,8 @@ def test_goals_can_fail(goal, broken, expected):
         assert judge(worse)[goal] == "partly"
     flipped = rows.assign(difference=-rows["difference"] - 2, low=-rows["high"], high=-rows["low"])
     assert judge(flipped)[goal] == "not met"
+    base["mean"] = 0.0  # as of a model that is never right: nothing falls from 0
+    assert judge(rows)[goal] == ("met" if "accuracy" in goal else "not met")
 
 
 # At one learning rate ---------------------------------------------------------------------------------------------------
