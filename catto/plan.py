@@ -149,11 +149,12 @@ def evaluation_answers(
     settings,  # Settings
     task,  # training task
 ):  # responses of one seed
-    "Answers to test questions, and candidates for Confidence@k."
+    "Answers to test questions, at the chosen learning rate and at the shared one, and candidates for Confidence@k; at most."
+    runs = sum(min(2, len(grid(settings, task, m))) for m in settings.methods)
     if task == settings.ood_task:
-        return len(settings.methods) * len(settings.tasks) * settings.test_questions
+        return runs * (1 + len(settings.tasks)) * settings.test_questions
     pools = sum(METHODS[m].kind != "scaled" for m in settings.methods)
-    return (len(settings.methods) + pools * settings.candidates) * settings.test_questions
+    return (runs + pools * settings.candidates) * settings.test_questions
 
 
 def plan_table(

@@ -223,6 +223,13 @@ def test_rows_are_counted_where_the_data_are(repo, tmp_path):
     assert plan.training_rows(paper, "anli", 1, tmp_path)[2] is False
 
 
+def test_answers_of_the_plan_by_hand(repo):
+    "Of one seed of the mini study: 14 methods, nine of them at a second rate; 12 have a model to sample 8 candidates from; mmlu asks six tasks."
+    mini = load("mini", file=repo / "settings.ini")
+    assert plan.evaluation_answers(mini, "snli") == (14 + 9 + 12 * 8) * 500
+    assert plan.evaluation_answers(mini, "mmlu") == 14 * 6 * 500
+
+
 def test_hours_of_the_plan_by_hand(repo, tmp_path):
     "Two seeds of two tasks, the pace of each kind a power of ten."
     paper = load("paper", file=repo / "settings.ini", seeds="0 1", tasks="anli", ood_task="mmlu", methods="sft dpo dpo_catto rcft", train_questions=1000)
