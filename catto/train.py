@@ -202,8 +202,11 @@ def _named_for_reference(rows, args, name):
     """The same rows under a fingerprint of what their reference log-probs depend on: TRL keeps these by fingerprint and by the reference's
     weights, but its fingerprint holds every argument, so that each method would compute them anew."""
     read = {key: value for key, value in args.to_dict().items() if key not in _NOT_OF_REFERENCE}
-    ids = json.dumps([rows[column][:] for column in ("prompt_ids", "chosen_ids", "rejected_ids")])
-    return rows.select(range(len(rows)), new_fingerprint=Hasher.hash(f"{name} {read} {ids}"))
+    hasher = Hasher()
+    hasher.update(f"{name} {read}")
+    for part in rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):  # a large data set is never held as lists
+        hasher.update(json.dumps(part))
+    return rows.select(range(len(rows)), new_fingerprint=hasher.hexdigest())
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-8
 class CATTOTrainer(DPOTrainer):
