@@ -133,16 +133,17 @@ def model_sizes(
         model = build_model(settings, mini_tokenizer(settings), 0)
     else:
         try:
-            config = Qwen3Config(**QWEN3_4B) if settings.model == "Qwen/Qwen3-4B" else AutoConfig.from_pretrained(settings.model, local_files_only=True)
+            config = Qwen3Config(**QWEN3_4B) if settings.model == "Qwen/Qwen3-4B" else AutoConfig.from_pretrained(
+                settings.model, local_files_only=True, revision=None if Path(settings.model).is_dir() else settings.model_revision)
         except (OSError, ValueError):
             return None
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, _dtype(settings)))
     model = add_adapters(model, settings, 0) if settings.lora_rank else model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    one = checkpoint_bytes(model)
+    one = checkpoint_bytes(model, settings.parallel == "fsdp")
     with_reference = one + 4 * trained if settings.lora_rank else one  # a frozen copy of the adapters
-    return Sizes(sum(p.numel() for p in model.parameters()), trained, one - 8 * trained, {"sft": one, "rcft": one, "preference": with_reference})
+    return Sizes(sum(p.numel() for p in model.parameters()), trained, checkpoint_bytes(model) - 8 * trained, {"sft": one, "rcft": one, "preference": with_reference})
 
 # %% ../nbs/09_plan.ipynb #pl000019
 def evaluation_answers(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VLLM_TEMPERATURE', 'TEMPERATURES', 'LOADERS', 'first_tokens', 'VLLMModel', 'predict', 'answer_logits',
-           'fit_temperature', 'load_tokenizer', 'load_model', 'load_vllm', 'load_writer']
+           'fit_temperature', 'load_tokenizer', 'load_model', 'model_version', 'load_vllm', 'load_writer']
 
 # %% ../nbs/04a_predict.ipynb #23a2fcf4
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import tempfile
 import warnings
@@ -20,12 +21,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from scipy.optimize import brentq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import ANSWER_PREFIX, format_prompt, label_token, parse_answer
+from .settings import file_hash
 
 # %% ../nbs/04a_predict.ipynb #23a2fcf4-2
 def _label_ids(tokenizer, labels, lead, distinct=False):
@@ -451,17 +454,23 @@ def _named(path, revision):
         raise OSError(f"model {str(path)!r}{at} cannot be loaded: {hint} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
 
 
+def _is_folder(path, revision):
+    "Whether a model is a folder; its errors are those that `load_tokenizer` names."
+    folder = Path(path).is_dir()
+    if "/" in str(path) and (str(path).startswith((".", "/")) or Path(path).parent.is_dir()) and not folder:
+        raise FileNotFoundError(f"model folder {str(path)!r} does not exist")
+    if folder and revision is not None:
+        raise ValueError(f"model folder {str(path)!r} has no revision {revision!r}: a revision belongs to a name on the hub")
+    return folder
+
+
 def load_tokenizer(
     path,  # folder of a saved model, or a model name on the hub
     revision=None,  # commit, tag or branch of a name on the hub; None: its main branch
 ):  # tokenizer
     """The tokenizer of a model. Raises `FileNotFoundError` for a missing folder, `ValueError` for a folder with a revision, `OSError`
     that names the model when it cannot be had."""
-    folder = Path(path).is_dir()
-    if "/" in str(path) and (str(path).startswith((".", "/")) or Path(path).parent.is_dir()) and not folder:
-        raise FileNotFoundError(f"model folder {str(path)!r} does not exist")
-    if folder and revision is not None:
-        raise ValueError(f"model folder {str(path)!r} has no revision {revision!r}: a revision belongs to a name on the hub")
+    _is_folder(path, revision)
     with _named(path, revision):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
@@ -488,7 +497,32 @@ def load_model(
             model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
+# %% ../nbs/04a_predict.ipynb #mv000002
+def model_version(
+    path,  # folder of a saved model, or a model name on the hub
+    revision=None,  # commit, tag or branch of a name on the hub; None: its main branch
+):  # dict file -> hash for a folder; commit for a name
+    "What the name of a model stands for now. Raises what `load_tokenizer` does."
+    if _is_folder(path, revision):
+        read = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".json", ".jinja", ".model", ".safetensors", ".txt")]
+        return {file.name: _hash_once(file, file.stat().st_mtime_ns) for file in read}
+    with _named(path, revision):
+        return Path(hf_hub_download(str(path), "config.json", revision=revision)).parent.name  # .../snapshots/<commit>/config.json
+
+
+@functools.cache
+def _hash_once(file, changed):
+    "`file_hash` of a file that was last changed then: large weights take a while to read."
+    return file_hash(file)
+
 # %% ../nbs/04a_predict.ipynb #vllm0005
+def _merge(path, dtype, folder):
+    "Write the model of a folder of adapters, these added to its weights."
+    model, tokenizer = load_model(path)
+    model.merge_and_unload().to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def load_vllm(
     path,  # folder of a saved model or of its adapters, or a model name on the hub
     dtype="float32",  # float32 or bfloat16
@@ -503,9 +537,9 @@ def load_vllm(
                           "folder of catto, or backend = transformers") from error
     with tempfile.TemporaryDirectory() as merged:
         if (Path(path) / "adapter_config.json").is_file():
-            model, tokenizer = load_model(path)
-            model.merge_and_unload().to(getattr(torch, dtype)).cpu().save_pretrained(merged)
-            tokenizer.save_pretrained(merged)
+            _merge(path, dtype, merged)
+            gc.collect()
+            torch.cuda.empty_cache()  # vLLM wants nine tenths of the memory
             path = merged
         tokenizer = load_tokenizer(path, revision)
         engine = LLM(model=str(path), revision=revision, dtype=dtype, logprobs_mode="raw_logprobs", max_logprobs=-1, generation_config="vllm")

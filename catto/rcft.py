@@ -361,15 +361,18 @@ class RCFTTrainer(_EStepTrainer):
         return self._bins[row.cpu()]
 
     def _penalty(self, hidden, attention_mask, place, ids, bins=None):
-        "L_ECE: mean over the rows of the batch that have a label; logged beside TRL's metrics. `bins` as in `ece_penalty`."
-        there = place >= 0
-        if not there.any():
-            return hidden.new_zeros(())
-        logits = self._option_logits(hidden, attention_mask, place, ids)
-        accuracy = [math.nan if a is None else a for a in self.estimates[-1]["accuracy"]]
-        penalty, confidence, known = ece_penalty(logits, accuracy, ids[there] >= 0, None if bins is None else bins[there.cpu()])
-        values = {"penalty": penalty, "confidence": confidence, "without_target": (~known).float()}
-        for name, value in values.items():
-            mean = self.accelerator.gather_for_metrics(value.detach().mean()).mean().item()
-            self._metrics["train" if self.model.training else "eval"][f"rcft/{name}"].append(mean)
-        return penalty.mean()
+        """L_ECE: mean over the rows of the batch that have a label, in all processes together; logged beside TRL's metrics. `bins` as in
+        `ece_penalty`."""
+        there, accelerator = place >= 0, self.accelerator
+        sums = hidden.new_zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if there.any():
+            logits = self._option_logits(hidden, attention_mask, place, ids)
+            accuracy = [math.nan if a is None else a for a in self.estimates[-1]["accuracy"]]
+            penalty, confidence, known = ece_penalty(logits, accuracy, ids[there] >= 0, None if bins is None else bins[there.cpu()])
+            sums = torch.stack([penalty.sum(), confidence.sum(), (~known).to(penalty).sum()])
+        # A process whose rows have no label takes part too: the others would wait for it for ever.
+        *totals, count = accelerator.gather(torch.cat([sums.detach(), there.sum()[None]])).view(-1, 4).sum(0)
+        if count:
+            for name, total in zip(("penalty", "confidence", "without_target"), totals):
+                self._metrics["train" if self.model.training else "eval"][f"rcft/{name}"].append((total / count).item())
+        return sums[0] * accelerator.num_processes / count.clamp(min=1)  # what follows takes the mean over the processes

@@ -9,6 +9,7 @@ __all__ = ['find_samples', 'sample_splits', 'write_model', 'write_settings', 'pr
 import configparser
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,15 +103,15 @@ def prepare_rehearsal(
     folder,  # where everything is written
     file=None,  # settings file; default the nearest settings.ini
 ):  # Settings of the profile `rehearsal`
-    "Write rows, model and settings of a rehearsal; a model that is there is kept."
+    "Write rows, model and settings of a rehearsal; the same samples and settings give the same files."
     folder = Path(folder).resolve()
     settings = write_settings(profile, folder, file)
     rows = {task: sample_splits(samples, task) for task in (*settings.tasks, *filter(None, [settings.ood_task]))}
     for task, splits in rows.items():
         for split, some in splits.items():
             write_atomic(folder / "rows" / task / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in some))
-    if not (folder / "model" / "tokenizer_config.json").exists():  # written last
-        write_model(settings, samples, rows, folder / "model")
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    write_model(settings, samples, rows, folder / "model")
     return settings
 
 

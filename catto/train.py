@@ -45,7 +45,7 @@ from .eval import expected_calibration_error
 from .fused import add_calibrated_head
 from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence_calibration_loss
 from .methods import METHODS, Run, grid
-from .predict import answer_logits, fit_temperature, load_model, load_tokenizer, predict
+from .predict import answer_logits, fit_temperature, load_model, load_tokenizer, model_version, predict
 from .rcft import RCFTConfig, RCFTTrainer, SmoothedSFTConfig, SmoothedSFTTrainer, greedy_calibration
 from .settings import check_values, code_hash, fingerprint, load, peak_memory, run_folder, run_step, write_atomic, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
@@ -484,9 +484,14 @@ def check_model(
 ):  # revision to load, None for a folder
     """Raise what `load_tokenizer` and `check_tokenizer` do, before a teacher is paid or weights are read. Rows are plain text, so
     the tokenizer's chat template is not asked."""
-    revision = None if Path(settings.model).is_dir() else settings.model_revision
+    revision = _revision(settings)
     check_tokenizer(load_tokenizer(settings.model, revision), [*settings.tasks, *filter(None, [settings.ood_task])], chat=False)
     return revision
+
+
+def _revision(settings):
+    "Of the model on the hub; a folder has none."
+    return None if Path(settings.model).is_dir() else settings.model_revision
 
 
 def start_model(settings, rows, seed):
@@ -512,10 +517,11 @@ class _StopWhenDiverged(TrainerCallback):
 
 def checkpoint_bytes(
     model,  # that is trained
+    shares=False,  # whether FSDP trains it, which writes the weights once more in a form of its own
 ):  # bytes of one of its checkpoints
     "The weights that are saved, which with adapters are those of the adapters alone, and two moments of Adam for each trained one."
-    parameters = [(name, p) for name, p in model.named_parameters() if not isinstance(model, PeftModel) or "lora_" in name]
-    return sum(p.numel() * (p.element_size() + 8 * p.requires_grad) for _, p in parameters)
+    parameters = [p for name, p in model.named_parameters() if not isinstance(model, PeftModel) or "lora_" in name]
+    return sum(p.numel() * ((1 + shares) * p.element_size() + 8 * p.requires_grad) for p in parameters)
 
 
 def check_disk(
@@ -525,7 +531,7 @@ def check_disk(
     args = trainer.args
     steps = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)) * math.ceil(args.num_train_epochs)
     every = args.save_steps if args.save_strategy == "steps" else steps / math.ceil(args.num_train_epochs)
-    one = checkpoint_bytes(trainer.model) + trainer.is_fsdp_enabled * sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    one = checkpoint_bytes(trainer.model, trainer.is_fsdp_enabled)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*"))  # of a run that is resumed
@@ -701,10 +707,13 @@ def _key(settings, task, seed, run, root):
     method, settings = METHODS[run.method], run.settings(settings)
     names = (*_SHARED, *_OWN[method.kind], *(_BUDGET[method.matched] if method.kind == "preference" else ()))
     names += ("parallel", "parallel_processes") if settings.parallel != "none" else ()  # the last batch of an epoch is another
+    start = None  # of a base's model its outputs speak, and of mini the settings
+    if not method.base and settings.model != "mini":
+        start = model_version(settings.model, _revision(settings))
     outputs = json.loads((run_folder(root, settings, task, seed, "data") / "manifest.json").read_text())["outputs"]
     rows = "preferences" if method.kind == "preference" else "sft"
     base = json.loads((run_folder(root, settings, task, seed, method.base) / "train.json").read_text()) if method.base else {}
-    return {"step": "train", "task": task, "seed": seed, "run": run.name, "options": method.options(settings),
+    return {"step": "train", "task": task, "seed": seed, "run": run.name, "options": method.options(settings), "start": start,
             "base": {k: base.get(k) for k in ("outputs", "temperature", "diverged")},
             "settings": {n: getattr(settings, n) for n in names}, "data": {n: outputs[f"{n}.parquet"] for n in (rows, "validation")},
             "code": code_hash("data", "predict", "train", *_CODE[method.kind])}

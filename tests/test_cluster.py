@@ -19,7 +19,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from test_pipeline import TASK, UNIT, Run, copy_repository, make, manifest, results, write_settings
 
-from catto.data import prepare_data
+from catto.data import ANSWER_PREFIX, prepare_data
 from catto.methods import METHODS
 from catto.settings import fingerprint, load
 from catto.train import train_method
@@ -185,6 +185,19 @@ def test_two_processes_give_the_weights_of_one(method, rank, trained, one_thread
     assert_same_training(alone[1]["folder"], launched[1]["folder"], facts, 1e-4)
 
 
+def test_two_processes_give_the_weights_of_one_where_rows_have_no_label(trained, one_thread):
+    "RCFT's penalty is a mean over the rows that have a label, however these are spread."
+    base, words = trained("sft"), dict(rcft_batch_size=4)
+    if not (base[1]["folder"] / "model").exists():
+        train_method(*base[0], **base[1])
+    alone, launched = (trained("rcft", base=base[1]["folder"] / "model", **words, **more) for more in ({}, DDP))
+    rows = alone[0][1].map(lambda row, i: {"completion": f"{ANSWER_PREFIX} none </answer>"} if i % 2 else {}, with_indices=True)
+    facts = [train_method(args[0], rows, *args[2:], **kwargs)[1] for args, kwargs in (alone, launched)]
+    assert_same_training(alone[1]["folder"], launched[1]["folder"], facts, 1e-4)
+    logs = [pd.read_csv(kwargs["folder"] / "training_log.csv")["rcft/penalty"].dropna().to_numpy() for _, kwargs in (alone, launched)]
+    assert len(logs[0]) and np.allclose(*logs, rtol=1e-3)
+
+
 FSDP = DDP | dict(parallel="fsdp")
 SHARES = """# FSDP for processes without a GPU, which accelerate keeps for devices
 import os
@@ -215,6 +228,8 @@ def test_shares_of_a_model_give_the_weights_of_the_whole_also_when_resumed(metho
     facts = [train_method(*args, **kwargs)[1] for args, kwargs in (alone, launched)]
     assert_same_training(alone[1]["folder"], folder, facts, 1e-4)
     assert not facts[1]["resumed"]
+    (again, *_) = (folder / "checkpoints" / f"checkpoint-{facts[1]['steps']}").glob("pytorch_model_fsdp*")  # as `checkpoint_bytes` counts
+    assert again.stat().st_size == pytest.approx((again.parent / "model.safetensors").stat().st_size, rel=0.05)
     steps = sorted(map(int, facts[1]["validation_accuracy"]))
     if len(steps) > 1:
         for step in steps[1:]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_methods import TASK, assert_taken_up, disk_with, files_of, write_data
 from test_trainer import Stopped, batch_of, stop_at
 
@@ -19,7 +19,7 @@ from catto.confidence import sample_pool
 from catto.data import prepare_data
 from catto.eval import evaluate_method
 from catto.methods import METHODS, Run, grid
-from catto.predict import load_model, load_tokenizer, predict
+from catto.predict import load_model, load_tokenizer, model_version, predict
 from catto.settings import load, run_folder
 from catto.train import build_model, check_disk, mini_tokenizer, train_methods
 
@@ -187,6 +187,22 @@ def test_what_is_trained_is_part_of_the_key(study, change):
     assert keys[0] != keys[1]
 
 
+def test_the_contents_of_a_model_folder_are_part_of_the_key(study, base, tmp_path):
+    "Other weights at the same path are another model, and the same at another time are not."
+    settings, root, _ = study
+    settings = dataclasses.replace(settings, model=str(tmp_path / "model"))
+
+    def write(factor=1.0):
+        shutil.copytree(base, settings.model, dirs_exist_ok=True)
+        weights = load_file(base / "model.safetensors")
+        save_file({name: tensor * factor for name, tensor in weights.items()}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+        return [train._key(settings, TASK, 0, Run(method), root) for method in ("sft", "dpo")]
+
+    first, again, other = write(), write(), write(2.0)
+    assert first == again and first[0] != other[0]
+    assert first[1] == other[1]  # what is trained from SFT depends on SFT's files, which are made anew
+
+
 # --- the plan -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "rcft", "dpo_catto"])
@@ -210,6 +226,23 @@ def test_the_plan_counts_the_bytes_that_are_written(study, tmp_path):
         trainer = trainer_of(study, method, tmp_path / method)
         assert sizes.checkpoint[METHODS[method].kind] == train.checkpoint_bytes(trainer.model)
     assert sizes.trained == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_the_plan_counts_the_weights_that_fsdp_writes_twice(repo):
+    one, shares = (plan.model_sizes(load("paper", file=repo / "settings.ini", methods="sft dpo dpo_catto", lora_rank=0, parallel=word)) for word in ("none", "fsdp"))
+    assert shares.checkpoint["sft"] - one.checkpoint["sft"] == 4 * one.parameters and shares.kept == one.kept
+
+
+def test_the_plan_reads_the_revision_that_is_named(repo, monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options["revision"]))
+        raise OSError("not on this machine")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    assert plan.model_sizes(load("paper", file=repo / "settings.ini", model="nobody/nothing", model_revision="abc")) is None
+    assert asked == [("nobody/nothing", "abc")]
 
 
 def test_rows_are_counted_where_the_data_are(repo, tmp_path):
@@ -271,6 +304,26 @@ def test_a_cut_of_the_rehearsal(repo, real_samples, tmp_path):
     for method in methods:
         assert evaluate_method(settings, "snli", 0, method, tmp_path)["outputs"] and sample_pool(settings, "snli", 0, method, tmp_path)["outputs"]
     assert not (tmp_path / "data" / "runs" / "paper").exists()
+
+
+@pytest.mark.parametrize("changes", ["parallel = ddp\nparallel_processes = 4\nsft_batch_size = 8\npreference_batch_size = 8\nrcft_batch_size = 8",
+                                     "parallel = fsdp\nlora_rank = 0\nmethods = sft dpo dpo_catto"], ids=["ddp", "fsdp"])
+def test_a_profile_for_several_gpus_is_rehearsed_in_one_process(repo, tmp_path, changes):
+    text = (repo / "settings.ini").read_text()
+    (tmp_path / "settings.ini").write_text(text.replace("[paper]\n", f"[paper]\n{changes}\n", 1).replace("\nlora_rank = 16\n", "\n"))
+    assert load("paper", file=tmp_path / "settings.ini").parallel != "none"
+    settings = rehearsal.write_settings("paper", tmp_path / "out", tmp_path / "settings.ini")
+    assert settings.parallel == "none" and settings.preference_batch_size == 2
+
+
+def test_a_rehearsal_makes_its_model_anew(repo, real_samples, tmp_path):
+    "The same settings give the same files, so that nothing is done twice; other sizes give another model."
+    text, seen = (repo / "settings.ini").read_text(), []
+    for sizes in ("hidden_size = 16", "hidden_size = 16", "hidden_size = 8"):
+        (tmp_path / "settings.ini").write_text(text.replace("\nhidden_size = 16\n", f"\n{sizes}\n"))
+        settings = rehearsal.prepare_rehearsal("paper", real_samples, tmp_path / "out", tmp_path / "settings.ini")
+        seen.append(model_version(settings.model))
+    assert seen[0] == seen[1] and seen[1]["config.json"] != seen[2]["config.json"] and seen[1]["tokenizer.json"] == seen[2]["tokenizer.json"]
 
 
 def test_a_rehearsal_sees_no_gpu_and_waits_for_none(repo):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3C
 from catto.data import TASKS, format_prompt, load_questions
 from catto.eval import chosen_run, evaluate_method, first_tokens, fit_temperature, load_model, predict
 from catto.methods import Run, grid
-from catto.predict import TEMPERATURES, _next_token, _read, _uniform, _write, answer_logits
+from catto.predict import TEMPERATURES, _next_token, _read, _uniform, _write, answer_logits, model_version
 from catto.settings import load, run_folder
 from catto.train import build_model, build_tokenizer, mini_tokenizer
 
@@ -935,3 +935,18 @@ def test_a_model_that_cannot_be_had_is_named_with_a_way_out(settings, tokenizer,
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(OSError, match=f"model '{tmp_path}' cannot be loaded"):
         load_model(str(tmp_path))
+
+
+def test_the_version_of_a_name_is_the_commit_that_it_stands_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--nobody--nothing" / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (tmp_path / "models--nobody--nothing" / "snapshots" / commit).mkdir(parents=True)
+        (tmp_path / "models--nobody--nothing" / "snapshots" / commit / "config.json").write_text("{}")
+        (tmp_path / "models--nobody--nothing" / "refs" / "main").write_text(commit)
+        assert model_version("nobody/nothing", "main") == commit
+    assert model_version("nobody/nothing", "a" * 40) == "a" * 40
+    with pytest.raises(OSError, match="model 'nobody/nothing' at revision 'v2' cannot be loaded: to use a local copy, give its folder"):
+        model_version("nobody/nothing", "v2")
+    with pytest.raises(FileNotFoundError, match="model folder './nowhere/model' does not exist"):
+        model_version("./nowhere/model")

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from test_predict import Scripted, distribution
 
 import catto.eval
+import catto.predict
 from catto.confidence import sample_pool
 from catto.data import format_prompt, load_questions
 from catto.predict import VLLMModel, _from_vllm, _write, answer_logits, load_vllm, predict
@@ -228,7 +230,19 @@ def test_adapters_are_merged_before_it_reads_them(settings, model, tokenizer, tm
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapters"), tokenizer.save_pretrained(tmp_path / "adapters")
     assert (tmp_path / "adapters" / "adapter_config.json").is_file()
-    fake_vllm(monkeypatch, lambda path: engine_of(catto.eval.load_model(path)[0].eval()))
+    loaded, load_adapters = [], catto.predict.load_model
+
+    def seen(*args, **kwargs):
+        model, tokenizer = load_adapters(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    def engine(path):
+        assert loaded and not any(model() for model in loaded)  # vLLM wants the memory of the device for itself
+        return engine_of(load_adapters(path)[0].eval())
+
+    monkeypatch.setattr(catto.predict, "load_model", seen)
+    fake_vllm(monkeypatch, engine)
     asked = load_questions("snli", split="test", n=2)
     ours, theirs, plain = (predict(*loaded, asked, max_new_tokens=6).to_list()
                            for loaded in (load_vllm(tmp_path / "adapters"), catto.eval.load_model(tmp_path / "adapters"), (model, tokenizer)))
