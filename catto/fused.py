@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'TILE', 'CHUNK_BYTES', 'row_statistics', 'row_extras', 'logits_gradient_', 'LogitShape', 'calibrated_head',
-           'calibrated_log_probs', 'CalibratedOutput', 'add_calibrated_head']
+           'calibrated_log_probs', 'CalibratedOutput', 'add_calibrated_head', 'keep_precision']
 
 # %% ../nbs/03a_fused_head.ipynb #23a2fcf4
+import dataclasses
 import functools
 import math
 import types
@@ -472,3 +473,12 @@ def add_calibrated_head(
         return _calibrated_forward(self, args, kwargs.pop("labels"), extras, kwargs)
 
     model.forward = types.MethodType(forward, model)
+
+# %% ../nbs/03a_fused_head.ipynb #kp000002
+def keep_precision(
+    accelerator,  # accelerate.Accelerator, before it has prepared a model
+):  # None
+    "Let FSDP2 leave what a model returns in the type that the model has made it in. Without FSDP2 nothing is changed."
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)

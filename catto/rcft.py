@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .data import ANSWER_PREFIX, label_token
 from .eval import _bin_index, predict, reliability_curve
-from .fused import _head_of, _logit_shape, add_calibrated_head
+from .fused import _head_of, _logit_shape, add_calibrated_head, keep_precision
 from .surrogate import IGNORE
 
 # %% ../nbs/03c_rcft.ipynb #23a2fcf4-2
@@ -81,6 +81,10 @@ class SmoothedSFTTrainer(SFTTrainer):
         super().__init__(model, args, *others, **kwargs)
         if args.use_fused_head:
             add_calibrated_head(self._causal_model(), ("entropy", "is_top1"))  # TRL's metrics
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        keep_precision(self.accelerator)
 
     def _causal_model(self):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model

@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from catto.data import (
     ANSWER_PREFIX, SamplingTeacher, TASKS, TEMPLATE, check_tokenizer, format_prompt, label_token, load_questions, prepare_data
 )
 from .eval import expected_calibration_error
-from .fused import add_calibrated_head
+from .fused import add_calibrated_head, keep_precision
 from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence_calibration_loss
 from .methods import METHODS, Run, grid
 from .predict import answer_logits, fit_temperature, load_model, load_tokenizer, model_version, predict
@@ -141,6 +142,7 @@ class CATTOConfig(DPOConfig):
     reward_goal: float | None = field(default=None, metadata={"help": "goal of Cal-DPO's log-ratios; None is 1 / (2 beta)"})
     log_calibration: bool = field(default=False, metadata={"help": "measure and log also at weight 0"})
     use_fused_head: bool = field(default=True, metadata={"help": "no logits in memory; False is the reference path"})
+    share_reference: bool = field(default=False, metadata={"help": "one reference pass for all runs with these rows and reference weights"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -196,6 +198,7 @@ def _probs_of(
 # %% ../nbs/03_train.ipynb #ref00002
 _NOT_OF_REFERENCE = {f.name for f in dataclasses.fields(CATTOConfig)} - {f.name for f in dataclasses.fields(DPOConfig)}
 _NOT_OF_REFERENCE |= {"output_dir", "learning_rate", "loss_type", "beta"}
+_MAKES_REFERENCE = {name: version(name) for name in ("torch", "transformers", "trl")}
 
 
 def _named_for_reference(rows, args, name):
@@ -203,7 +206,7 @@ def _named_for_reference(rows, args, name):
     weights, but its fingerprint holds every argument, so that each method would compute them anew."""
     read = {key: value for key, value in args.to_dict().items() if key not in _NOT_OF_REFERENCE}
     hasher = Hasher()
-    hasher.update(f"{name} {read}")
+    hasher.update(f"{name} {read} {_MAKES_REFERENCE}")
     for part in rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):  # a large data set is never held as lists
         hasher.update(json.dumps(part))
     return rows.select(range(len(rows)), new_fingerprint=hasher.hexdigest())
@@ -220,6 +223,10 @@ class CATTOTrainer(DPOTrainer):
             extras = ("entropy", "mean_logits", "is_top1") + ("log_sum_sq_probs",) * self.use_weighting
             add_calibrated_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model, extras)
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        keep_precision(self.accelerator)
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         "TRL's tokenised rows, checked before anything is computed from them; rows for `evaluate` come here too."
         rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -234,7 +241,7 @@ class CATTOTrainer(DPOTrainer):
                 raise ValueError(f"{left_out}: none is left; raise max_length")
             print(f"{left_out} and are left out")
         check_labels(rows, self._tokenizer, args, dataset_name)
-        return _named_for_reference(rows, args, dataset_name) if args.precompute_ref_log_probs else rows
+        return _named_for_reference(rows, args, dataset_name) if args.share_reference else rows
 
     def _compute_loss(self, model, inputs, return_outputs):
         weight, reward_weight = self.args.calibration_weight, self.args.reward_calibration_weight
@@ -294,7 +301,8 @@ class CATTOTrainer(DPOTrainer):
         else:
             reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         goal = self.args.reward_goal or 1 / (2 * self.beta)
-        inside = torch.cat([(p - r).detach().abs() <= goal for p, r in zip(policy, reference)]).float()
+        # One number for each pair: of the last batch, gather_for_metrics leaves as many as there are pairs.
+        inside = torch.stack([(p - r).detach().abs() <= goal for p, r in zip(policy, reference)]).float().mean(0)
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["reward_calibration/inside"].append(self.accelerator.gather_for_metrics(inside).mean().item())
         return reward_calibration_loss(*policy, *reference, beta=1 / (2 * goal)).mean()
@@ -396,7 +404,8 @@ def _preference_trainer(settings, method, rows, seed, folder, base, validation):
     shared = _arguments(settings, seed, folder, "preference", settings.catto_epochs if matched else settings.dpo_epochs)
     # The reference never changes: one pass, not one per epoch. At weight 0 calibration is logged all the same, for comparison.
     own = {"calibration_weight": 0.0, "log_calibration": True, "beta": settings.beta, **METHODS[method].options(settings)}
-    return CATTOTrainer(model=model, args=CATTOConfig(**shared, precompute_ref_log_probs=True, **own),
+    args = CATTOConfig(**shared, precompute_ref_log_probs=True, share_reference=settings.parallel == "none", **own)
+    return CATTOTrainer(model=model, args=args,
                         train_dataset=rows.select_columns(["prompt", "chosen", "rejected"]), processing_class=tokenizer)
 
 
@@ -681,6 +690,7 @@ def main(
 ):  # None
     "One process of a launched training, with its part of every batch."
     threading.Thread(target=_end_with_launcher, daemon=True).start()
+    PartialState(cpu=not torch.cuda.is_available())  # gives the process its GPU, before a model is put on one
     settings, *others = pickle.loads((Path(job) / "arguments.pickle").read_bytes())
     parts = {f"{kind}_batch_size": getattr(settings, f"{kind}_batch_size") // settings.parallel_processes for kind in ("sft", "preference", "rcft")}
     facts = _fit(dataclasses.replace(settings, **parts), *others)

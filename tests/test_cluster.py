@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from test_pipeline import TASK, UNIT, Run, copy_repository, make, manifest, results, write_settings
 
+from catto import train
 from catto.data import ANSWER_PREFIX, prepare_data
 from catto.methods import METHODS
 from catto.settings import fingerprint, load
@@ -101,6 +103,9 @@ def test_without_gpus_a_step_runs_as_it_is(tmp_path):
 
 # --- one training in several processes -----------------------------------------------------------------------------------------
 
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the processes of these tests are on the CPU; where there are GPUs, they would take these")
+
+
 ALONE = "import pickle, sys; from catto.train import train_method; args, kwargs = pickle.load(open(sys.argv[1], 'rb')); train_method(*args, **kwargs)"
 CHANGES = dict(sft_learning_rate="1e-3", sft_epochs=20, sft_save_steps=10, rcft_batch_size=16, rcft_epochs=2)
 
@@ -149,6 +154,7 @@ def processes_with(text):
 DDP = dict(parallel="ddp", parallel_processes=2)
 
 
+@on_the_cpu
 def test_two_processes_give_the_weights_of_one_also_when_they_were_killed(trained, one_thread, tmp_path):
     alone, launched = trained("sft"), trained("sft", **DDP)
     folder = launched[1]["folder"]
@@ -171,6 +177,7 @@ def test_two_processes_give_the_weights_of_one_also_when_they_were_killed(traine
     assert_same_training(alone[1]["folder"], folder, facts, 1e-4)
 
 
+@on_the_cpu
 @pytest.mark.parametrize("method, rank", [("rcft", 0), ("dpo_catto", 0), ("dpo_catto", 2)])
 def test_two_processes_give_the_weights_of_one(method, rank, trained, one_thread):
     base, words = trained("sft"), {}
@@ -185,6 +192,7 @@ def test_two_processes_give_the_weights_of_one(method, rank, trained, one_thread
     assert_same_training(alone[1]["folder"], launched[1]["folder"], facts, 1e-4)
 
 
+@on_the_cpu
 def test_two_processes_give_the_weights_of_one_where_rows_have_no_label(trained, one_thread):
     "RCFT's penalty is a mean over the rows that have a label, however these are spread."
     base, words = trained("sft"), dict(rcft_batch_size=4)
@@ -215,6 +223,7 @@ if "LOCAL_RANK" in os.environ:
 """
 
 
+@on_the_cpu
 @pytest.mark.parametrize("method", ["sft", "dpo_catto"])
 def test_shares_of_a_model_give_the_weights_of_the_whole_also_when_resumed(method, trained, one_thread, monkeypatch, tmp_path):
     base = trained("sft")
@@ -239,6 +248,25 @@ def test_shares_of_a_model_give_the_weights_of_the_whole_also_when_resumed(metho
         assert_same_training(alone[1]["folder"], folder, [facts[0], again], 1e-4)
 
 
+@on_the_cpu
+@pytest.mark.parametrize("method, parallel", [("sft", "ddp"), ("dpo_catto", "ddp"), ("sft", "fsdp"), ("dpo_catto", "fsdp")])
+def test_processes_in_bfloat16_see_the_probabilities_that_one_sees(method, parallel, trained, one_thread, monkeypatch, tmp_path):
+    "Rounded to bfloat16, as FSDP would have it, a response's log-probability is right to half a nat."
+    base, low = trained("sft"), dict(dtype="bfloat16")
+    if not (base[1]["folder"] / "model").exists():
+        train_method(*base[0], **base[1])
+    (tmp_path / "sitecustomize.py").write_text(SHARES if parallel == "fsdp" else "")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    base = base[1]["folder"] / "model" if method != "sft" else None
+    alone, launched = (trained(method, base=base, **low, **words) for words in ({}, DDP | dict(parallel=parallel)))
+    for args, kwargs in (alone, launched):
+        train_method(*args, **kwargs)
+    one, two = (pd.read_csv(kwargs["folder"] / "training_log.csv") for _, kwargs in (alone, launched))
+    for name, tolerance in ({"loss": 0.01} if method == "sft" else {"loss": 0.01, "logps/chosen": 0.02, "logps/rejected": 0.02}).items():
+        assert np.allclose(one[name].dropna(), two[name].dropna(), rtol=0, atol=tolerance), (one[name] - two[name]).abs().max()
+
+
+@on_the_cpu
 def test_shares_without_gpus_are_refused(trained, one_thread):
     args, kwargs = trained("sft", **FSDP)
     shutil.rmtree(kwargs["folder"], ignore_errors=True)
@@ -246,6 +274,18 @@ def test_shares_without_gpus_are_refused(trained, one_thread):
         train_method(*args, **kwargs)
 
 
+def test_a_process_has_its_gpu_before_a_model_is_loaded(monkeypatch, tmp_path):
+    "Else every process would put its model on the first one."
+    calls, state = [], train.PartialState
+    (tmp_path / "arguments.pickle").write_bytes(pickle.dumps((load("smoke", file=REPO / "settings.ini", parallel="ddp"), "others")))
+    monkeypatch.setattr(train.threading, "Thread", lambda **kwargs: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(train, "PartialState", lambda *args, **kwargs: calls.append("state") or state(*args, **kwargs))
+    monkeypatch.setattr(train, "_fit", lambda *args: calls.append("fit") or {})
+    train.main(tmp_path)
+    assert calls[:2] == ["state", "fit"] and (tmp_path / "facts.json").exists()
+
+
+@on_the_cpu
 def test_a_training_that_fails_says_why(trained, one_thread):
     args, kwargs = trained("sft", context_tokens=20, **DDP)
     with pytest.raises(ChildProcessError, match=r"(?s)accelerate launch of sft ended with code 1.*no row fits into context_tokens = 20"):

@@ -132,7 +132,7 @@ def test_the_reference_is_asked_again_only_where_it_would_say_something_else(mak
         stored = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
         if changed_row:
             stored = stored.map(lambda row, i: row | {"chosen": response("D", 9)} if i == changed_row else row, with_indices=True)
-        trained = make(rows=stored, **options).train_dataset
+        trained = make(rows=stored, **dict(share_reference=True) | options).train_dataset
         return [trained["ref_chosen_logps"][:], trained["ref_rejected_logps"][:]]
 
     first = rows(output_dir=str(tmp_path / "one"))
@@ -140,9 +140,22 @@ def test_the_reference_is_asked_again_only_where_it_would_say_something_else(mak
     second = rows(output_dir=str(tmp_path / "two"), **changes)
     assert len(calls) - 6 == passes
     if not passes:
-        monkeypatch.setattr("catto.train._named_for_reference", lambda rows, args, name: rows)  # TRL's own fingerprint
-        third = rows(output_dir=str(tmp_path / "three"), **changes)
+        third = rows(output_dir=str(tmp_path / "three"), share_reference=False, **changes)  # TRL's own fingerprint
         assert len(calls) == 12 and first == second == third
+
+
+def test_the_share_inside_counts_both_responses_of_the_last_batch(make):
+    "accelerate leaves as many values of the last batch as it has pairs."
+    options = dict(rows=pairs(6), per_device_train_batch_size=8, num_train_epochs=1, learning_rate=0.0, logging_steps=1, reward_calibration_weight=1.0)
+    trainer = make(**options)
+    batch = batch_of(trainer, 6)
+    with torch.no_grad():
+        policy = trainer.compute_ref_log_probs(trainer.model, batch)
+    away = torch.stack([(p - batch[f"ref_{side}_logps"]).abs() for p, side in zip(policy, ("chosen", "rejected"))])
+    goals = [goal for goal in away.flatten().add(1e-3).tolist() if (away[0] <= goal).sum() != (away[1] <= goal).sum()]
+    trainer = make(reward_goal=goals[0], **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward_calibration/inside"] == pytest.approx((away <= goals[0]).float().mean().item(), abs=1e-4)
 
 
 # --- what is taken from TRL
@@ -205,6 +218,8 @@ INTERNALS = {
     "DPOTrainer.ld_alpha": lambda t, b: t.ld_alpha is None,
     "DPOTrainer.compute_ref_log_probs(model, inputs) -> chosen, rejected": reference_matches,
     "accelerator.gather_for_metrics": lambda t, b: t.accelerator.gather_for_metrics(torch.tensor(2.0)) == 2,
+    "Trainer.create_accelerator_and_postprocess(self)": lambda t, b:
+        list(inspect.signature(DPOTrainer.create_accelerator_and_postprocess).parameters) == ["self"],
     "the fields of trl.trainer.utils.FusedCausalLMOutput": lambda t, b:
         {f.name for f in dataclasses.fields(FusedCausalLMOutput)} == {
             "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"},
