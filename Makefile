@@ -40,6 +40,14 @@ SNAKEMAKE  = env PATH="$(BIN):$$PATH" $(if $(filter paper,$(PROFILE)),,$(OFFLINE
 WORDS      = profile=$(PROFILE) $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(if $(strip $(SWEEPS)),sweeps=$(strip $(SWEEPS))) $(CONFIG)
 # check: name and take back what was damaged; show: how far the run is
 STATUS     = "$(BIN)/python" -c 'import sys; from catto.status import main; sys.exit(main(*sys.argv[1:]))'
+# all: what a run takes; teacher: what asking the teacher costs
+PLAN       = $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'import sys; from catto.settings import quiet; quiet(); \
+             from catto.plan import main; sys.exit(main(*sys.argv[1:]))'
+
+# A word that is mistyped, such as SEED, would be left unread.
+UNKNOWN   := $(filter-out PYTHON PROFILE SEEDS SWEEPS CLUSTER JOBS GPUS CONFIG SAMPLES OPTIONS,\
+             $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
+$(if $(UNKNOWN),$(error unknown $(UNKNOWN): accepted are PYTHON, PROFILE, SEEDS, SWEEPS, CLUSTER, JOBS, GPUS, CONFIG, SAMPLES and OPTIONS))
 
 .PHONY: help venv export test smoke reproduce study status plan teacher-plan rehearse bench bench-gpu readme lab notebooks clean
 .DEFAULT_GOAL := help
@@ -63,9 +71,8 @@ smoke: ## the same in its smallest form (PROFILE=smoke)
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
 plan: $(STAMP) ## say what reproduce would run and what that takes, and run nothing
+	@$(PLAN) all $(WORDS)
 	@set -o pipefail; $(SNAKEMAKE) --dry-run --quiet host reason rules --config $(WORDS) | awk '/^Job stats/ { tables++ } tables < 2'
-	@$(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'import sys; from catto.settings import quiet; quiet(); \
-	  from catto.plan import main; sys.exit(main(*sys.argv[1:]))' $(WORDS)
 
 rehearse: $(STAMP) ## take every step of PROFILE once, small, into data/rehearsal/: sample rows, a random model [PROFILE=paper SAMPLES=<folder>]
 	@$(OFFLINE) "$(BIN)/python" -c 'import sys; from catto.settings import quiet; quiet(); \
@@ -73,11 +80,7 @@ rehearse: $(STAMP) ## take every step of PROFILE once, small, into data/rehearsa
 	@CUDA_VISIBLE_DEVICES= $(MAKE) --no-print-directory reproduce PROFILE=rehearsal GPUS=1000 CONFIG="settings=$(REHEARSAL)/settings.ini root=$(REHEARSAL)"
 
 teacher-plan: $(STAMP) ## count the requests to the teacher that are left, with their price, and send nothing
-	@$(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'import sys; from catto.settings import load, quiet; quiet(); \
-	  from catto.data import teacher_plan; words = {"seeds": sys.argv[2]} if sys.argv[2] else {}; \
-	  settings = load(sys.argv[1], **words); \
-	  print(teacher_plan(settings).round(2).to_string() if settings.teacher == "endpoint" else \
-	        f"teacher = {settings.teacher}: nothing to pay. A paid one is teacher = endpoint in settings.ini, see nbs/02a_teacher.ipynb.")' "$(PROFILE)" "$(strip $(SEEDS))"
+	@$(PLAN) teacher $(WORDS)
 
 test: $(STAMP) ## repository checks, every notebook, then the tests with the smallest reproduction
 	$(ONE_CORE) "$(BIN)/pytest" -q tests/test_repository.py

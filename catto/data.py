@@ -739,9 +739,13 @@ def _own_row(
     options,  # labels for a line without its own, or None
 ):  # dict of the fields in _OWN; id and split may be None
     "One line of a file of one's own. Raises `ValueError` that names the field and what is accepted."
-    row = json.loads(line)
+    accepted = f"a JSON object with the fields {', '.join(_OWN)} is accepted"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{error}; {accepted}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"it is of type {type(row).__name__}; an object with the fields {', '.join(_OWN)} is accepted")
+        raise ValueError(f"it is of type {type(row).__name__}; {accepted}")
     given = {name: row[name] for name in _OWN if row.get(name) is not None}
     given = {"choices": []} | ({} if options is None else {"options": list(options)}) | given
     for name, hint in (("prompt", ""), ("label", ""), ("options", ", or give options= for the whole file")):
@@ -798,7 +802,7 @@ def read_questions(
 ):  # Dataset with the columns of a question, and role, description, annotation
     """Questions of one's own. The file says which split a line is in, or their contents do: 3 of 5 train, 1 validation, 1 test.
     Raises `FileNotFoundError`, and `ValueError` that names file, line, field and what is accepted."""
-    file, rows, faults = Path(path), {}, {}
+    file, rows, faults, others = Path(path), {}, {}, set()
     words = _words({"task": task, "role": role, "description": description, "annotation": annotation})
     if not file.is_file():
         raise FileNotFoundError(f"file of questions {str(path)!r} does not exist")
@@ -807,12 +811,17 @@ def read_questions(
             try:
                 if line.strip():
                     rows[number] = _own_row(line, options)
-            except ValueError as error:  # of json too
+                    others.update(json.loads(line).keys() - _OWN.keys())
+            except ValueError as error:
                 faults[number] = str(error)
+    if not rows and not faults:
+        raise ValueError(f"{file.name} has no questions: a JSON object on each line is accepted")
     faults |= _own_faults(rows)
     if faults:
         told = "; ".join(f"line {number}: {faults[number]}" for number in sorted(faults)[:3])
         raise ValueError(f"{file.name}: {len(faults)} of {len(rows.keys() | faults)} lines cannot be used: {told}")
+    if others:
+        print(f"{file.name}: fields that are not read: {', '.join(sorted(others))}; read are {', '.join(_OWN)}")
     keys = {number: question_key(row) for number, row in rows.items()}
     return Dataset.from_list(list(validate_questions([
         {**row, "id": row["id"] or f"{task}-{_digest(keys[number])}", "task": task, **words, "split": row["split"] or _content_split(keys[number])}
@@ -1053,7 +1062,10 @@ def build_preferences(
                 "n_incorrect": len(incorrect),
             })
     if not rows:
-        raise ValueError(f"no preference rows from {len(questions)} questions ({dict(counts)})")
+        raise ValueError(
+            f"no preference rows from {len(questions)} questions: {counts['few_correct']} have fewer than {min_correct} correct responses, "
+            f"{counts['few_incorrect']} fewer than {min_incorrect} incorrect ones; {counts['unparsed_responses']} of {sum(map(len, responses))} "
+            "responses have no valid label in their <answer>")
     return Dataset.from_list(rows), counts
 
 # %% ../nbs/02_data_gen.ipynb #23a2fcf4-25

@@ -223,19 +223,21 @@ def plan_text(
         shown.to_string(),
         f"Rows: counted for {', '.join(tasks) or 'no task yet'}; elsewhere at most, every training question giving a row and a pair. Tokens: at most, every "
         f"sequence {settings.context_tokens} long. Answers: to validation, test and candidates, of at most {settings.max_new_tokens} new tokens each. "
-        "Checkpoints: of the largest run, and they go when it is done; models stay. Sweeps: not counted.",
+        "Checkpoints: of the largest run, and they go when it is done; models stay. Runs: one for each learning rate of a method; a job named train holds "
+        "those of one method or of all. Jobs named sweep: not counted.",
         f"Disk: {shutil.disk_usage(root).free / 1e9:,.0f} GB are free here.",
         f"GPU hours: {hours}; decoding the answers is not measured.",
         f"Teacher: {teacher_note(settings, root)}"])
 
 
 def main(
+    what,  # "all", or "teacher" for what asking costs alone
     *words,  # such as profile=paper
 ):  # exit code
     "Print the plan of a profile."
     try:
         settings, _, root = configured(dict(word.split("=", 1) for word in words))
-        print(plan_text(settings, root))
+        print({"all": plan_text, "teacher": teacher_note}[what](settings, root))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VLLM_TEMPERATURE', 'TEMPERATURES', 'LOADERS', 'first_tokens', 'VLLMModel', 'predict', 'answer_logits',
-           'fit_temperature', 'load_tokenizer', 'load_model', 'model_version', 'load_vllm', 'load_writer']
+           'fit_temperature', 'is_folder', 'load_tokenizer', 'load_model', 'model_version', 'load_vllm', 'load_writer']
 
 # %% ../nbs/04a_predict.ipynb #23a2fcf4
 import contextlib
@@ -454,8 +454,11 @@ def _named(path, revision):
         raise OSError(f"model {str(path)!r}{at} cannot be loaded: {hint} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
 
 
-def _is_folder(path, revision):
-    "Whether a model is a folder; its errors are those that `load_tokenizer` names."
+def is_folder(
+    path,  # folder of a saved model, or a model name on the hub
+    revision=None,  # commit, tag or branch of a name on the hub; None: its main branch
+):  # bool
+    "Whether a model is a folder. Raises `FileNotFoundError` for one that does not exist, `ValueError` for one with a revision."
     folder = Path(path).is_dir()
     if "/" in str(path) and (str(path).startswith((".", "/")) or Path(path).parent.is_dir()) and not folder:
         raise FileNotFoundError(f"model folder {str(path)!r} does not exist")
@@ -468,9 +471,8 @@ def load_tokenizer(
     path,  # folder of a saved model, or a model name on the hub
     revision=None,  # commit, tag or branch of a name on the hub; None: its main branch
 ):  # tokenizer
-    """The tokenizer of a model. Raises `FileNotFoundError` for a missing folder, `ValueError` for a folder with a revision, `OSError`
-    that names the model when it cannot be had."""
-    _is_folder(path, revision)
+    "The tokenizer of a model. Raises what `is_folder` does, and `OSError` that names the model when it cannot be had."
+    is_folder(path, revision)
     with _named(path, revision):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
@@ -503,7 +505,7 @@ def model_version(
     revision=None,  # commit, tag or branch of a name on the hub; None: its main branch
 ):  # dict file -> hash for a folder; commit for a name
     "What the name of a model stands for now. Raises what `load_tokenizer` does."
-    if _is_folder(path, revision):
+    if is_folder(path, revision):
         read = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".json", ".jinja", ".model", ".safetensors", ".txt")]
         return {file.name: _hash_once(file, file.stat().st_mtime_ns) for file in read}
     with _named(path, revision):

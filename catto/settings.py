@@ -163,7 +163,7 @@ def _parse(name, text, kind):
     try:
         return kind(text)
     except (TypeError, ValueError):
-        raise ValueError(f"setting {name!r} = {text!r} is not of type {kind.__name__}") from None
+        raise ValueError(f"setting {name!r} = {text!r} is not of type {kind.__name__}: a number such as {kind(1)} is accepted") from None
 
 # %% ../nbs/00a_settings.ipynb #23a2fcf4-5
 def _check(name, value, meta):
@@ -188,7 +188,7 @@ def _declared(name):
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     if name not in fields:
         near = difflib.get_close_matches(name, fields, 1)
-        raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(f"unknown setting {name!r}: " + (f"did you mean {near[0]!r}?" if near else "settings.ini lists all of them"))
     return fields[name]
 
 
@@ -220,10 +220,13 @@ def load(
     "Read one profile. Raises `ValueError` naming an unknown profile or setting, a wrong type, or a value out of range."
     path = Path(file) if file else find_settings()
     ini = configparser.ConfigParser(interpolation=None)
-    if not ini.read(path):
-        raise FileNotFoundError(f"settings file {str(path)!r} cannot be read")
+    try:
+        if not ini.read(path):
+            raise FileNotFoundError(f"settings file {str(path)!r} cannot be read")
+    except configparser.Error as error:
+        raise ValueError(f"settings file {str(path)!r}: {' '.join(str(error).split())}; lines such as 'name = value' below a [profile] are accepted") from None
     if not ini.has_section(profile):  # [DEFAULT] is no profile
-        raise ValueError(f"unknown profile {profile!r}: {path.name} has {', '.join(ini.sections())}")
+        raise ValueError(f"unknown profile {profile!r}: {path.name} has {', '.join(name for name in ini.sections() if name != 'rehearsal')}")
     raw = {**ini[profile], **overrides, "profile": profile}
     fields = {name: _declared(name) for name in raw}
     missing = [f.name for f in dataclasses.fields(Settings) if f.name not in raw]
@@ -257,7 +260,8 @@ def _check_together(values):
     if not values["model_revision"]:
         raise ValueError("setting 'model_revision' is empty: a commit, tag or branch is accepted, such as main")
     if values["teacher"] == "sampler" and values["source"] != "mini":
-        raise ValueError("setting 'teacher' = 'sampler' knows the mini world only; use teacher = rehearsal")
+        raise ValueError(f"setting 'source' = {values['source']!r} with teacher = sampler, which knows the mini world only: accepted are source = "
+                         "mini, or another teacher, such as rehearsal, with source = hub or a folder")
     named = [item.partition("@") for item in values["hub_revisions"] if item != "pinned"]
     if any(task not in TASK_NAMES or not commit for task, _, commit in named) or len({task for task, _, _ in named}) < len(named):
         raise ValueError(f"setting 'hub_revisions' = {' '.join(values['hub_revisions'])!r}: accepted are pinned, or task@commit once for "

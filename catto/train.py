@@ -46,7 +46,7 @@ from .eval import expected_calibration_error
 from .fused import add_calibrated_head, keep_precision
 from .loss import FORMS, calibration_gradient, reward_calibration_loss, sequence_calibration_loss
 from .methods import METHODS, Run, grid
-from .predict import answer_logits, fit_temperature, load_model, load_tokenizer, model_version, predict
+from .predict import answer_logits, fit_temperature, is_folder, load_model, load_tokenizer, model_version, predict
 from .rcft import RCFTConfig, RCFTTrainer, SmoothedSFTConfig, SmoothedSFTTrainer, greedy_calibration
 from .settings import check_values, code_hash, fingerprint, load, peak_memory, run_folder, run_step, write_atomic, write_summary
 from .surrogate import TokenProbs, correctness_surrogate, token_probs
@@ -218,6 +218,8 @@ class CATTOTrainer(DPOTrainer):
     def __init__(self, model, ref_model=None, args=None, *others, **kwargs):
         if not isinstance(args, CATTOConfig):
             raise TypeError(f"CATTOTrainer takes a CATTOConfig, not a {type(args).__name__}")
+        if isinstance(model, str):
+            is_folder(model)
         super().__init__(model, ref_model, args, *others, **kwargs)
         if args.use_fused_head:
             extras = ("entropy", "mean_logits", "is_top1") + ("log_sum_sq_probs",) * self.use_weighting
@@ -229,6 +231,7 @@ class CATTOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         "TRL's tokenised rows, checked before anything is computed from them; rows for `evaluate` come here too."
+        _check_columns(dataset.column_names, dataset_name)
         rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(rows, IterableDataset):  # checked as they come
             def check(row, number):
@@ -321,6 +324,13 @@ class CATTOTrainer(DPOTrainer):
         largest[:] = [max([gather(steepest).max().item(), *largest])]  # one entry: a maximum, where TRL averages
 
 # %% ../nbs/03_train.ipynb #23a2fcf4-9
+def _check_columns(names, dataset_name):
+    "`ValueError` for rows that lack a side of the pair; a stream may not know its columns."
+    missing = [name for name in ("chosen", "rejected") if names and not {name, f"{name}_ids"} & set(names)]
+    if missing:
+        raise ValueError(f"{dataset_name} rows lack {' and '.join(missing)}: their columns are {', '.join(names)}; accepted are prompt, chosen and rejected")
+
+
 def check_labels(
     rows,  # Dataset tokenised by TRL: prompt_ids, chosen_ids, rejected_ids
     tokenizer,  # tokenizer of the model

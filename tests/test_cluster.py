@@ -41,6 +41,13 @@ def test_an_unknown_cluster_is_refused_with_what_is_accepted(word):
     assert f"CLUSTER = '{word}': accepted are local node slurm." in tried.stderr, tried.stderr
 
 
+@pytest.mark.parametrize("word", ["SEED=1", "JOB=2"])
+def test_an_unknown_word_is_refused_with_what_is_accepted(word):
+    tried = subprocess.run(["make", "--no-print-directory", "status", word], cwd=REPO, capture_output=True, text=True)
+    assert tried.returncode != 0 and not tried.stdout
+    assert f"unknown {word.split('=')[0]}: accepted are PYTHON, PROFILE, SEEDS, SWEEPS, CLUSTER, JOBS, GPUS, CONFIG, SAMPLES and OPTIONS" in tried.stderr
+
+
 # --- what a step asks for ------------------------------------------------------------------------------------------------------
 
 def test_every_step_asks_for_what_the_settings_say(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, load_dataset
 
 from catto.data import (RehearsalTeacher, build_preferences, check_leakage, check_tokenizer, format_prompt, format_response, label_token,
-                        prompt_lengths, read_questions, system_prompt, validate_questions)
+                        load_questions, prompt_lengths, read_questions, system_prompt, validate_questions)
 from catto.eval import calibration_report, load_model, plot_reliability, predict, reliability_curve
 from catto.settings import load
 from catto.train import CATTOConfig, CATTOTrainer, build_model, build_tokenizer
@@ -85,8 +85,8 @@ def test_letters_with_texts_of_their_own_on_each_line(write):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{broken", "line 61: Expecting property name"),
-    ("[1, 2]", "line 61: it is of type list; an object with the fields prompt, label, options, choices, id, split is accepted"),
+    ("{broken", "line 61: Expecting property name.*; a JSON object with the fields prompt, label, options, choices, id, split is accepted"),
+    ("[1, 2]", "line 61: it is of type list; a JSON object with the fields prompt, label, options, choices, id, split is accepted"),
     ({"text": "Where?", "label": "billing"}, "line 61: field 'prompt' is missing; there are text, label"),
     ({"prompt": "Where?", "label": None}, "line 61: field 'label' is missing"),
     ({"prompt": 7, "label": "billing"}, "line 61: field prompt is of type int; text is accepted"),
@@ -105,6 +105,39 @@ def test_letters_with_texts_of_their_own_on_each_line(write):
 def test_a_line_that_is_wrong_is_named_with_its_field(write, line, message):
     with pytest.raises(ValueError, match=rf"^tickets.jsonl: 1 of 61 lines cannot be used: {message}"):
         read_questions(write([*LINES, line]), **WORDS)
+
+
+def test_fields_that_are_not_read_are_named(write, capsys):
+    read_questions(write(LINES), **WORDS)
+    assert "not read" not in capsys.readouterr().out
+    read_questions(write([*LINES, {"prompt": "Where?", "label": "billing", "spilt": "test", "colour": "red"}]), **WORDS)
+    assert "tickets.jsonl: fields that are not read: colour, spilt; read are prompt, label, options, choices, id, split" in capsys.readouterr().out
+
+
+def test_a_file_without_questions_is_named(write):
+    with pytest.raises(ValueError, match="^tickets.jsonl has no questions: a JSON object on each line is accepted"):
+        read_questions(write([""]), **WORDS)
+
+
+def test_no_pairs_says_what_the_responses_lacked():
+    questions = load_questions("snli", split="train", n=3)
+    with pytest.raises(ValueError, match="no preference rows from 3 questions: 3 have fewer than 1 correct responses, 0 fewer than 3 incorrect ones; "
+                                         "6 of 12 responses have no valid label in their <answer>"):
+        build_preferences(questions, [["so"] * 2 + [f"<answer> {next(o for o in q['options'] if o != q['label'])} </answer>"] * 2 for q in questions])
+
+
+@pytest.mark.parametrize("rows, message", [
+    ({"prompt": ["a"], "choosen": ["b"], "rejected": ["c"]}, "train rows lack chosen: their columns are prompt, choosen, rejected; accepted are prompt, chosen and rejected"),
+    ({"prompt": ["a"], "label": ["b"]}, "train rows lack chosen and rejected: their columns are prompt, label")])
+def test_rows_without_a_pair_are_named(folder, tmp_path, rows, message):
+    model, tokenizer = load_model(folder)
+    with pytest.raises(ValueError, match=message):
+        CATTOTrainer(model=model, args=config(tmp_path), train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+
+
+def test_a_model_folder_that_is_not_there_is_named_by_the_trainer_too(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model folder './nowhere/model' does not exist"):
+        CATTOTrainer(model="./nowhere/model", args=config(tmp_path), train_dataset=Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}))
 
 
 def test_all_wrong_lines_are_counted_and_three_are_told(write, tmp_path):

@@ -282,8 +282,8 @@ def test_what_is_not_known_is_called_unknown(repo, tmp_path, capsys):
     for other in (dataclasses.replace(paper, lora_rank=0), dataclasses.replace(paper, model="nobody/nothing")):
         text = plan.plan_text(other, tmp_path, tmp_path / "bench.csv")
         assert "GPU hours: unknown, because `make bench-gpu` measures Qwen3-4B with adapters" in text and text.count("unknown") > 7
-    assert plan.main("profile=paper", f"settings={repo / 'settings.ini'}", f"root={tmp_path}") == 0 and "Qwen/Qwen3-4B at main" in capsys.readouterr().out
-    assert plan.main("profile=papr") == 1 and "unknown profile 'papr'" in capsys.readouterr().err
+    assert plan.main("all", "profile=paper", f"settings={repo / 'settings.ini'}", f"root={tmp_path}") == 0 and "Qwen/Qwen3-4B at main" in capsys.readouterr().out
+    assert plan.main("all", "profile=papr") == 1 and "unknown profile 'papr'" in capsys.readouterr().err
 
 
 # --- the rehearsal ------------------------------------------------------------------------------------------------------

@@ -716,9 +716,9 @@ def settings(tmp_path):
     (dict(tasks="commonsense_qa squad"), "setting 'tasks' = 'squad': accepted are reward_bench_2, .*commonsense_qa"),
     (dict(methods="sft dpo_cato"), "setting 'methods' = 'dpo_cato': accepted are sft, .*did you mean 'dpo_catto'"),
     (dict(learning_rate="1e-3"), "unknown setting 'learning_rate'"),
-    (dict(sft_epochs="two"), "setting 'sft_epochs' = 'two' is not of type int"),
+    (dict(sft_epochs="two"), "setting 'sft_epochs' = 'two' is not of type int: a number such as 1 is accepted"),
     (dict(test_questions=0), "setting 'test_questions' = 0: at least 1"),
-    (dict(source="somewhere"), "'teacher' = 'sampler' knows the mini world only"),
+    (dict(source="somewhere"), "setting 'source' = 'somewhere' with teacher = sampler, which knows the mini world only: accepted are source = mini"),
 ])
 def test_settings_are_refused_by_name(settings, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -726,8 +726,15 @@ def test_settings_are_refused_by_name(settings, changes, message):
 
 
 def test_an_unknown_profile_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown profile 'large': tiny.ini has .*tiny"):
+    with pytest.raises(ValueError, match="unknown profile 'large': tiny.ini has smoke, mini, paper, tiny$"):  # and not what a rehearsal changes
         load("large", file=write_settings(tmp_path / "tiny.ini"))
+
+
+def test_a_line_that_is_no_setting_is_named(tmp_path):
+    path = write_settings(tmp_path / "tiny.ini")
+    path.write_text(path.read_text() + "\nsft_epochs 4\n")
+    with pytest.raises(ValueError, match="tiny.ini'.*sft_epochs 4.*; lines such as 'name = value' below a .profile. are accepted"):
+        load("tiny", file=path)
 
 
 def test_unknown_task_and_method_are_refused_by_the_steps(settings, tmp_path):
