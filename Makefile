@@ -85,7 +85,7 @@ teacher-plan: $(STAMP) ## count the requests to the teacher that are left, with 
 test: $(STAMP) ## repository checks, every notebook, then the tests with the smallest reproduction
 	$(ONE_CORE) "$(BIN)/pytest" -q tests/test_repository.py
 	$(ONE_CORE) "$(BIN)/nbdev-test" --n-workers 2 --do-print
-	$(ONE_CORE) "$(BIN)/pytest" tests --ignore=tests/test_repository.py
+	$(ONE_CORE) "$(BIN)/pytest" -n 2 --dist loadfile tests --ignore=tests/test_repository.py
 
 export: $(STAMP) ## write catto/ from the notebooks, and clean the notebooks' metadata
 	"$(BIN)/nbdev-export"

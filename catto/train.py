@@ -472,8 +472,11 @@ def best_checkpoint(
         rows = predict(model, tokenizer, questions, settings.generation_batch_size, settings.max_new_tokens).to_pandas()
         scores[step] = float(rows["correct"].mean())
         if best is None or scores[step] > scores[best[0]]:
-            best = (step, path, rows, answer_logits(model, tokenizer, questions, rows, settings.generation_batch_size))
-    step, path, rows, (logits, labels) = best  # each model is loaded once: the paper's takes 8 GB
+            best = (step, path, rows)
+    step, path, rows = best
+    if step != list(scores)[-1]:  # else it is the one that is loaded
+        model, tokenizer = load_model(path, settings.dtype)
+    logits, labels = answer_logits(model, tokenizer, questions, rows, settings.generation_batch_size)
     ece = expected_calibration_error(rows["confidence"].to_numpy(), rows["correct"].to_numpy(), settings.ece_bins)
     return path, rows, {"best_step": step, "validation_accuracy": scores, "validation_ece": ece,
                         "temperature": fit_temperature(logits, labels)}
