@@ -271,7 +271,7 @@ rule sweep:
         package=package("experiments"),
     output:
         sweep,
-    priority: 1  # the longest steps come first, so that no core waits for one at the end
+    priority: 1 if settings.sweeps else -1  # with the weight sweep the longest steps, which come first; else short ones, which fill gaps
     params:
         settings=with_sweeps,
     resources:
