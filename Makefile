@@ -45,9 +45,9 @@ PLAN       = $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'im
              from catto.plan import main; sys.exit(main(*sys.argv[1:]))'
 
 # A word that is mistyped, such as SEED, would be left unread.
-UNKNOWN   := $(filter-out PYTHON PROFILE SEEDS SWEEPS CLUSTER JOBS GPUS CONFIG SAMPLES OPTIONS,\
-             $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
-$(if $(UNKNOWN),$(error unknown $(UNKNOWN): accepted are PYTHON, PROFILE, SEEDS, SWEEPS, CLUSTER, JOBS, GPUS, CONFIG, SAMPLES and OPTIONS))
+ACCEPTED  := PYTHON PROFILE SEEDS SWEEPS CLUSTER JOBS GPUS CONFIG SAMPLES OPTIONS
+UNKNOWN   := $(filter-out $(ACCEPTED),$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
+$(if $(UNKNOWN),$(error unknown $(UNKNOWN): accepted are $(ACCEPTED)))
 
 .PHONY: help venv export test smoke reproduce study status plan teacher-plan rehearse bench bench-gpu readme lab notebooks clean
 .DEFAULT_GOAL := help

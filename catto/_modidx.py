@@ -95,6 +95,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'catto.data._mini_questions': ('data_gen.html#_mini_questions', 'catto/data.py'),
                             'catto.data._name': ('data_gen.html#_name', 'catto/data.py'),
                             'catto.data._own_faults': ('data_gen.html#_own_faults', 'catto/data.py'),
+                            'catto.data._own_object': ('data_gen.html#_own_object', 'catto/data.py'),
                             'catto.data._own_row': ('data_gen.html#_own_row', 'catto/data.py'),
                             'catto.data._read_file': ('data_gen.html#_read_file', 'catto/data.py'),
                             'catto.data._requests': ('data_gen.html#_requests', 'catto/data.py'),

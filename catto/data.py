@@ -734,11 +734,8 @@ _OWN = {  # field of a line -> how it is read
 }
 
 
-def _own_row(
-    line,  # text of one line
-    options,  # labels for a line without its own, or None
-):  # dict of the fields in _OWN; id and split may be None
-    "One line of a file of one's own. Raises `ValueError` that names the field and what is accepted."
+def _own_object(line):
+    "One line of a file of one's own as a dict, or a `ValueError` that says what is accepted."
     accepted = f"a JSON object with the fields {', '.join(_OWN)} is accepted"
     try:
         row = json.loads(line)
@@ -746,6 +743,14 @@ def _own_row(
         raise ValueError(f"{error}; {accepted}") from None
     if not isinstance(row, dict):
         raise ValueError(f"it is of type {type(row).__name__}; {accepted}")
+    return row
+
+
+def _own_row(
+    row,  # of `_own_object`
+    options,  # labels for a line without its own, or None
+):  # dict of the fields in _OWN; id and split may be None
+    "What is read of a line. Raises `ValueError` that names the field and what is accepted."
     given = {name: row[name] for name in _OWN if row.get(name) is not None}
     given = {"choices": []} | ({} if options is None else {"options": list(options)}) | given
     for name, hint in (("prompt", ""), ("label", ""), ("options", ", or give options= for the whole file")):
@@ -810,8 +815,9 @@ def read_questions(
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    rows[number] = _own_row(line, options)
-                    others.update(json.loads(line).keys() - _OWN.keys())
+                    row = _own_object(line)
+                    rows[number] = _own_row(row, options)
+                    others |= row.keys() - _OWN.keys()
             except ValueError as error:
                 faults[number] = str(error)
     if not rows and not faults:

@@ -128,13 +128,13 @@ def model_sizes(
     import torch  # here: scripts/bench_gpu.py uses the rest of this file before torch may be imported
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-    from catto.train import _dtype, add_adapters, build_model, checkpoint_bytes, mini_tokenizer
+    from catto.train import _dtype, _revision, add_adapters, build_model, checkpoint_bytes, mini_tokenizer
     if settings.model == "mini":
         model = build_model(settings, mini_tokenizer(settings), 0)
     else:
         try:
             config = Qwen3Config(**QWEN3_4B) if settings.model == "Qwen/Qwen3-4B" else AutoConfig.from_pretrained(
-                settings.model, local_files_only=True, revision=None if Path(settings.model).is_dir() else settings.model_revision)
+                settings.model, local_files_only=True, revision=_revision(settings))
         except (OSError, ValueError):
             return None
         with torch.device("meta"):

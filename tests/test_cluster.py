@@ -45,7 +45,7 @@ def test_an_unknown_cluster_is_refused_with_what_is_accepted(word):
 def test_an_unknown_word_is_refused_with_what_is_accepted(word):
     tried = subprocess.run(["make", "--no-print-directory", "status", word], cwd=REPO, capture_output=True, text=True)
     assert tried.returncode != 0 and not tried.stdout
-    assert f"unknown {word.split('=')[0]}: accepted are PYTHON, PROFILE, SEEDS, SWEEPS, CLUSTER, JOBS, GPUS, CONFIG, SAMPLES and OPTIONS" in tried.stderr
+    assert f"unknown {word.split('=')[0]}: accepted are PYTHON PROFILE SEEDS SWEEPS CLUSTER JOBS GPUS CONFIG SAMPLES OPTIONS" in tried.stderr
 
 
 # --- what a step asks for ------------------------------------------------------------------------------------------------------
