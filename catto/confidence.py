@@ -230,14 +230,17 @@ def rule_difference(
     pools = [pools] if isinstance(pools, (pd.DataFrame, Dataset)) else list(pools)
     if not pools:
         raise ValueError("no pools, accepted is one or more")
-    means, draws, n = [], [], 0
-    for pool in (_pool(p, seed) for p in pools):
-        d = _right(pool, k, rule) - _right(pool, k, other)
+    pools = [_pool(p, seed) for p in pools]
+    asked = [pool.rows["id"].unique() for pool in pools]
+    questions = pd.Index(np.concatenate(asked)).unique()  # a question that several pools ask is drawn for all of them at once
+    weights = rng.multinomial(len(questions), np.full(len(questions), 1 / len(questions)), n_resamples)
+    means, draws = [], []
+    for pool, ids in zip(pools, asked):
+        d, w = _right(pool, k, rule) - _right(pool, k, other), weights[:, questions.get_indexer(ids)]
         means.append(d.mean())
-        draws.append(d[rng.integers(len(d), size=(n_resamples, len(d)))].mean(1))
-        n += len(d)
+        draws.append(w @ d / w.sum(1))
     low, high = np.quantile(np.mean(draws, 0), (0.025, 0.975))
-    return Difference(float(np.mean(means)), float(low), float(high), n)
+    return Difference(float(np.mean(means)), float(low), float(high), sum(map(len, asked)))
 
 # %% ../nbs/05_confidence_at_k.ipynb #23a2fcf4-9
 def pool_methods(

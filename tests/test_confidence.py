@@ -130,6 +130,14 @@ def test_difference_of_a_rule_to_itself_and_its_sign():
     assert there.mean == pytest.approx(by_hand)
 
 
+def test_questions_that_pools_share_are_drawn_once():
+    "Five pools of the same questions teach no more than one; five of other questions are."
+    one = sampled_pool([0.3, 0.7], 150, 4, seed=0)
+    others = [one.assign(id=one["id"].astype(str) + f"-{i}") for i in range(5)]
+    width = lambda pools: (d := rule_difference(pools, 4, "majority", "random")).high - d.low
+    assert width([one] * 5) == pytest.approx(width(one)) and width(others) < 0.6 * width(one)
+
+
 # --- pools on the disk
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def answers(gap, seed, n=200):
     rng = np.random.default_rng(seed)
     c = rng.uniform(0.3, 0.8, n)
     said = np.clip(c + gap, 0, 1)
-    return pd.DataFrame({"id": np.arange(n).astype(str), "confidence": said, "correct": rng.random(n) < c, "text": "-", "mean_prob": 0.9,
+    return pd.DataFrame({"id": np.arange(n).astype(str), "confidence": said, "correct": rng.random(n) < c, "parsed": True, "text": "-", "mean_prob": 0.9,
                          "mean_log_prob": np.log(0.8), "min_prob": said / 2, "last_prob": 1.0})
 
 

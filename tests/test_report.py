@@ -168,7 +168,9 @@ def test_table_3_is_confidence_at_k(study):
     assert set(rows.index.get_level_values("k")) == {1, 2, 4, 8} and {"random", "majority", "weighted_vote", "log_prob", "pass"} <= set(rows.index.get_level_values("rule"))
     assert rows.loc["anli", "dpo", 8, "confidence"]["paper"] == 68.51 and np.isnan(rows.loc["anli", "dpo", 8, "majority"]["paper"])
     assert "sft_ts" not in rows.index.get_level_values("method")  # no model of its own, so nothing is missing
-    assert "issing" not in (figures / "table03.md").read_text()
+    text = (figures / "table03.md").read_text()
+    assert "issing" not in text and "### Confidence@8 minus that of `dpo`\n" in text
+    assert "| `dpo` | 0.0 / 1 | 0.0 / 1 |" in text.partition("### The candidates")[2]  # unparsed [%] / temperature
 
 
 def test_learning_rates_per_seed_and_the_one_that_was_used(tmp_path):
@@ -180,7 +182,7 @@ def test_learning_rates_per_seed_and_the_one_that_was_used(tmp_path):
     rows = table(tmp_path / "figures/mini", 8)
     assert rows[rows["lowest"]].set_index("seed")["learning_rate"].to_dict() == {0: 1e-5, 1: 1e-4}
     assert set(rows[rows["used"]]["learning_rate"]) == {1e-4} and set(rows["method"]) == {"dpo"}
-    assert "| `dpo` | 1e-05 | 0.0001 | 0.0001 |" in (tmp_path / "figures/mini/table08.md").read_text()
+    assert "| `dpo` | 1e-05 [5e-06] | 0.0001 [5e-06] | 0.0001 |" in (tmp_path / "figures/mini/table08.md").read_text()
     assert "No runs." in (tmp_path / "figures/mini/table07.md").read_text()
     assert RATE_TABLES.keys() == set(load("mini").tasks)
 
@@ -345,7 +347,7 @@ def test_every_method_at_one_rate_beside_the_rate_of_validation(rates):
             assert same.loc[(task, method, "ece"), "mean"] == main.loc[(task, method, "ece"), "mean"]
     assert set(same.index.get_level_values("method")) == set(settings.methods) and np.isnan(same.loc[("snli", "sft", "ece"), "table1_rate"])
     text = (figures / "same_rate.md").read_text()
-    assert "learning rate 0.0001" in text and "nearer to SFT" in text and "| `dpo` | 1e-05 | 1e-05 |" in text and "nan" not in text and "Not in the means" not in text
+    assert "learning rate 0.0001" in text and "nearer to SFT" in text and "| `dpo` | 1e-05 | 1e-05 |" in text and "nan" not in text and "| `dpo` | 10.0 | 10.0 |" in text.partition("inverted")[2] and "Not in the means" not in text
     assert set(same["trained_on"]) == set(settings.tasks)  # out of distribution there is one rate as it stands
 
 
@@ -501,9 +503,21 @@ def test_a_diverged_run_is_said_and_stops_nothing(tmp_path):
     rows = table(figures, 1).set_index(["method", "metric"])
     assert rows.loc[("dpo_catto", "ece"), "seeds"] == 1 and "dpo_bce" not in rows.index.get_level_values(0)
     assert pd.read_csv(figures / "contrasts.csv").query("a == 'dpo_catto' and b == 'dpo_matched' and metric == 'ece' and trained_on == 'snli'")["seeds"].item() == 1
-    assert "| `dpo_matched` | diverged |" in (figures / "table02.md").read_text() and "| `dpo_bce` | diverged |" in (figures / "table03.md").read_text()
+    for number, method in ((2, "dpo_matched"), (3, "dpo_bce"), (4, "dpo_bce"), (5, "dpo_matched"), (6, "dpo_bce")):
+        text = (figures / f"table{number:02d}.md").read_text()
+        assert f"| `{method}` | diverged |" in text and f"`{method}` of snli, seed 0" in text, number
+    assert "0.0001: 18.0; diverged in seed 1" in (figures / "table08.md").read_text() and table(figures, 8).query("method == 'dpo_catto'")["diverged"].any()
     assert {"dpo_bce", "dpo_catto", "dpo_matched"} == set(pd.read_csv(figures / "signatures.csv").query("signature == 'diverged'")["method"])
     assert manifest["diverged"] == 2 + 1 + 2 + 3  # answers, answers out of distribution, and three pools
+
+
+def test_answers_without_a_label_are_said_above_the_table_and_below_the_verdicts(tmp_path):
+    settings = planted(**FEW)
+    World(tmp_path, settings, unparsed={("mmlu", "dpo", None): 0.6, ("mmlu", "sft", None): 0.4}).make(pools=False)
+    write_report(settings, tmp_path)
+    one, two, findings = ((tmp_path / "figures/mini" / f"{name}.md").read_text() for name in ("table01", "table02", "findings"))
+    note = "Fewer than half of the answers have a valid label on snli (1 of 4 methods)."
+    assert note in two and f"Out of distribution: {note}" in findings and "valid label" not in one and "the ECE is the accuracy" not in two
 
 
 @pytest.mark.parametrize("words, pools, says", [

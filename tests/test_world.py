@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from catto.data import TASKS, load_questions
+from catto import report
 from catto.report import findings_markdown, headline, results_markdown, signature_lines
 from catto.settings import load
 
@@ -73,12 +74,35 @@ def test_readme_shows_the_committed_results(repo, mini):
     readme = (repo / "README.md").read_text(encoding="utf-8")
     table, contrasts, judged, same_rate = (pd.read_csv(mini / name) for name in ("table01.csv", "contrasts.csv", "findings.csv", "same_rate.csv"))
     assert results_markdown(table, contrasts, same_rate) in readme
-    assert headline(contrasts, judged, same_rate) in readme and findings_markdown(judged) in readme
+    assert headline(contrasts, judged, same_rate) in readme and findings_markdown(judged, pd.read_csv(mini / "table02.csv")) in readme
 
 
-def test_texts_follow_from_their_tables(mini):
+TEXTS = {"table01": report.metrics_markdown, "table02": report.metrics_markdown, "table03": report.confidence_markdown, "same_rate": report.same_rate_markdown,
+         "table12": report.training_markdown, **{f"table{n:02d}": report.spread_markdown for n in (4, 5, 6)},
+         **{f"table{n:02d}": report.rates_markdown for n in report.RATE_TABLES.values()}}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_each_text_follows_from_its_table(mini, name):
+    shown, made = (re.split(r"(?m)^(?=[#|])", text, maxsplit=1) for text in
+                   ((mini / f"{name}.md").read_text(), TEXTS[name](pd.read_csv(mini / f"{name}.csv"), "")))
+    assert shown[1] == made[1] and made[0].strip() in shown[0]  # below the line that says what the numbers are
+
+
+def test_signatures_and_findings_follow_from_their_tables(mini):
     assert (mini / "signatures.md").read_text() == signature_lines(pd.read_csv(mini / "signatures.csv")) + "\n"
-    assert (mini / "findings.md").read_text().count("\n") == findings_markdown(pd.read_csv(mini / "findings.csv")).count("\n") + 1
+    assert (mini / "findings.md").read_text() == findings_markdown(pd.read_csv(mini / "findings.csv"), pd.read_csv(mini / "table02.csv")) + "\n"
+
+
+def test_sentences_of_the_readme_that_are_typed(repo, mini, scores):
+    "They are true of the committed numbers; where a new run makes one false, the sentence has to go."
+    readme, rates = (repo / "README.md").read_text(encoding="utf-8"), pd.read_csv(mini / "same_rate.csv").set_index(["task", "method", "metric"])
+    for task in MINI.tasks:
+        assert mean(scores, task, "rcft", "ece") - mean(scores, task, "rcft", "ece_floor") < 0.015
+        assert abs(mean(scores, task, "rcft", "accuracy") - mean(scores, task, "dpo", "accuracy")) < 0.01
+        assert rates.loc[(task, "dpo_catto_label", "ece"), "inverted_pairs"] > rates.loc[(task, "dpo_matched", "ece"), "inverted_pairs"] + 1
+    for sentence in ("near the noise floor on all five tasks, at DPO's\naccuracy", "inverts more of its training pairs than its control, at the same rate too"):
+        assert sentence in readme
 
 
 def test_readme_links_lead_somewhere(repo):
