@@ -400,6 +400,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'catto.report._differences': ('report.html#_differences', 'catto/report.py'),
                               'catto.report._disagreement': ('report.html#_disagreement', 'catto/report.py'),
                               'catto.report._evidence': ('report.html#_evidence', 'catto/report.py'),
+                              'catto.report._fallback_lines': ('report.html#_fallback_lines', 'catto/report.py'),
                               'catto.report._figures': ('report.html#_figures', 'catto/report.py'),
                               'catto.report._finder': ('report.html#_finder', 'catto/report.py'),
                               'catto.report._findings': ('report.html#_findings', 'catto/report.py'),

@@ -415,7 +415,7 @@ def metrics_markdown(
     blocks = [(ece, _mean_cell(of, absent, "ece")), ("Accuracy", _mean_cell(of, absent, "accuracy"))]
     blocks += [(f"{title} minus that of `{r}`", _against_cell(of, x, r)) for r in REFERENCES if r in methods for title, x in ((ece, "ece"), ("Accuracy", "accuracy"))]
     blocks += [_beside(of), ("The paper: accuracy / ECE", printed)]
-    lines = [note, "", *_absent_note(absent), *filter(None, [fallback_note(table)]), ""]
+    lines = [note, "", *_absent_note(absent), *_fallback_lines(table)]
     for title, cell in blocks if len(table) else []:
         lines += [f"### {title}", "", *_grid_lines(methods, tasks, cell), ""]
     return "\n".join(lines if len(table) else [*lines, "No runs."]).rstrip() + "\n"
@@ -436,11 +436,16 @@ def fallback_note(
     few = parsed[parsed["mean"] < 50]
     if not len(few):
         return ""
-    places = ", ".join(f"{task} ({len(rows)} of {(parsed['task'] == task).sum()} methods)" for task, rows in few.groupby("task", sort=False))
+    of_all = parsed["task"].value_counts()
+    places = ", ".join(f"{task} ({'all' if len(rows) == of_all[task] else f'{len(rows)} of {of_all[task]}'} methods)" for task, rows in few.groupby("task", sort=False))
     unsure = [task for task, rows in few.groupby("task", sort=False) if all(of(task, m, "mean_confidence")["mean"] < 1 for m in rows["method"])]
     more = f" On {' and '.join(unsure)} the confidence is below one point, so that the ECE is the accuracy: a lower one is no better calibration." if unsure else ""
     return (f"Fewer than half of the answers have a valid label on {places}. There the answer and its confidence are the fallback's, the likeliest label "
             f"after a forced `<answer>`, and differences say little.{more}")
+
+
+def _fallback_lines(table):
+    return [note, ""] if (note := fallback_note(table)) else []
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-20
 def spread_table(
@@ -988,7 +993,7 @@ def same_rate_markdown(
 
     blocks = [(title, _mean_cell(of, absent, x)) for x, title in titles.items()]
     blocks += [(f"{titles[x]} minus that of `{r}`", _against_cell(of, x, r)) for r in SAME_RATE_REFERENCES if r in methods for x in titles]
-    lines = [note, "", *_absent_note(absent)]
+    lines = [note, "", *_absent_note(absent), *_fallback_lines(table)]
     for title, cell in [*blocks, _beside(of), ("Training pairs inverted in the last epoch [%]", fact("inverted_pairs", ".1f")), ("The learning rate of Table 1", fact("table1_rate", "g"))] if len(table) else []:
         lines += [f"### {title}", "", *_grid_lines(methods, tasks, cell), ""]
     return "\n".join(lines if len(table) else [*lines, "No runs."]).rstrip() + "\n"
