@@ -15,6 +15,7 @@ __all__ = ['ANSWERS', 'CANDIDATES', 'FACTS', 'METRICS', 'REFERENCES', 'RATE_TABL
            'save_svg', 'SameRate', 'Results', 'compute_results', 'write_report']
 
 # %% ../nbs/06_report.ipynb #23a2fcf4
+import io
 import json
 import os
 from dataclasses import dataclass, replace
@@ -1271,6 +1272,15 @@ def _what(settings):
     return "the paper's data sets"
 
 
+def _as_written(table):
+    "The table as its csv holds it: what is said of it can be said again from the file, to the last digit."
+    return pd.read_csv(io.StringIO(_csv(table)))
+
+
+def _csv(table):
+    return table.to_csv(index=False, float_format="%.6g")
+
+
 _INTERVALS = "Differences: paired, 95% interval over test questions; that of an ECE is corrected for the upward bias of resampling, and so not centred."
 
 
@@ -1308,7 +1318,7 @@ def _same_rate(settings, root, training):
     runs = load_runs(settings, root, shared_rate=True)
     draws = resample(runs.predictions, _metrics(settings), settings.bootstrap_resamples)
     contrasts = contrasts_of(draws, same_rate_pairs())
-    return SameRate(same_rate_table(score_runs(runs.predictions, settings), contrasts, training), contrasts, runs.absent)
+    return SameRate(_as_written(same_rate_table(score_runs(runs.predictions, settings), contrasts, training)), contrasts, runs.absent)
 
 
 def compute_results(
@@ -1335,7 +1345,7 @@ def _pair_tables(settings, results):
              5: "Table 5: standard deviations of Table 2 over seeds, and in brackets what the paper prints."}
     tables = {}
     for number, rows, what in ((1, inside, "in distribution"), (2, ~inside, "out of distribution")):
-        table, gone = metrics_table(results.scores[rows], results.contrasts, paper_column(number)), absent[absent["what"] == what]
+        table, gone = _as_written(metrics_table(results.scores[rows], results.contrasts, paper_column(number))), absent[absent["what"] == what]
         tables[number] = table, metrics_markdown(table, _note(settings, words[number], table), gone)
         spread = spread_table(table, paper_column(number + 3))
         tables[number + 3] = spread, spread_markdown(spread, _note(settings, words[number + 3], table, ""), gone)
@@ -1346,7 +1356,7 @@ def _other_tables(settings, results):
     "Tables 3, 6 and 7 to 12."
     runs, absent = results.runs, results.runs.absent
     pools = {key: seeds for key, seeds in results.draws.items() if "@" in key[3]}
-    table = confidence_table(runs.outcomes, pools, results.contrasts, paper_column(3))
+    table = _as_written(confidence_table(runs.outcomes, pools, results.contrasts, paper_column(3)))
     spread = spread_table(table, paper_column(6))
     words = {3: "Table 3: accuracy of Confidence@k, sampled at the temperature that validation chose.",
              6: "Table 6: standard deviations of Table 3 over seeds, and in brackets what the paper prints."}
@@ -1354,11 +1364,11 @@ def _other_tables(settings, results):
     tables = {3: (table, confidence_markdown(table, _note(settings, words[3], table, "Differences: paired, 95% interval over test questions."), gone)),
               6: (spread, spread_markdown(spread, _note(settings, words[6], table, ""), gone))}
     for task, number in RATE_TABLES.items():
-        table = rates_table(runs.training, task, paper_column(number))
+        table = _as_written(rates_table(runs.training, task, paper_column(number)))
         note = (f"Table {number}: learning rates on {task}, profile `{settings.profile}`. Of each seed the rate with the lower validation ECE, in brackets the "
                 "paper's choice for another model; `used`: the lower mean over seeds, of the rates that diverged in none. Validation ECE in points.")
         tables[number] = table, rates_markdown(table, note)
-    table = training_table(runs.training, settings.tasks, paper_column(12))
+    table = _as_written(training_table(runs.training, settings.tasks, paper_column(12)))
     tables[12] = table, training_markdown(table, f"Table 12: training on profile `{settings.profile}`, {_what(settings)}. From the smallest to the "
                                           "largest task, means over seeds. Seconds of the processor, or of the clock where a GPU "
                                           "trains, without loading, tokenising and the one pass of DPO's reference. The paper's minutes are an A100's.")
@@ -1368,7 +1378,7 @@ def _other_tables(settings, results):
 def _write_tables(folder, tables):
     "DataFrames as csv and texts as they are; the files written."
     for name, table in tables.items():
-        write_atomic(folder / name, table if isinstance(table, str) else table.to_csv(index=False, float_format="%.6g"))
+        write_atomic(folder / name, table if isinstance(table, str) else _csv(table))
     return [folder / name for name in tables]
 
 
@@ -1385,7 +1395,7 @@ def _findings(results, tables):
     same, absent = results.same_rate, results.runs.absent
     frames = [verdicts(results.contrasts, absent=absent), goals(results.contrasts, {"in": tables[1][0], "out": tables[2][0]}, absent=absent),
               verdicts(same.contrasts, same_rate=True, absent=same.absent), goals(same.contrasts, {"in": same.table}, same_rate=True, absent=same.absent)]
-    judged = pd.concat(frames, ignore_index=True)
+    judged = _as_written(pd.concat(frames, ignore_index=True))
     return judged.iloc[np.argsort(pd.factorize(judged["id"].str.removesuffix(SAME_RATE))[0], kind="stable")].reset_index(drop=True)
 
 

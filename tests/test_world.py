@@ -98,10 +98,10 @@ def test_sentences_of_the_readme_that_are_typed(repo, mini, scores):
     "They are true of the committed numbers; where a new run makes one false, the sentence has to go."
     readme, rates = (repo / "README.md").read_text(encoding="utf-8"), pd.read_csv(mini / "same_rate.csv").set_index(["task", "method", "metric"])
     for task in MINI.tasks:
-        assert mean(scores, task, "rcft", "ece") - mean(scores, task, "rcft", "ece_floor") < 0.015
+        assert mean(scores, task, "rcft", "ece") - mean(scores, task, "rcft", "ece_floor") < 0.02
         assert abs(mean(scores, task, "rcft", "accuracy") - mean(scores, task, "dpo", "accuracy")) < 0.01
         assert rates.loc[(task, "dpo_catto_label", "ece"), "inverted_pairs"] > rates.loc[(task, "dpo_matched", "ece"), "inverted_pairs"] + 1
-    for sentence in ("near the noise floor on all five tasks, at DPO's\naccuracy", "inverts more of its training pairs than its control, at the same rate too"):
+    for sentence in ("within 2 points of the noise floor on all five tasks, at DPO's\naccuracy", "inverts more of its training pairs than its control, at the same rate too"):
         assert sentence in readme
 
 
