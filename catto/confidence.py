@@ -213,7 +213,7 @@ class Difference(NamedTuple):
     mean: float  # of accuracies, share
     low: float  # 2.5% quantile
     high: float  # 97.5% quantile
-    n: int  # questions, over all pools
+    n: int  # different questions
 
 
 def rule_difference(
@@ -238,9 +238,10 @@ def rule_difference(
     for pool, ids in zip(pools, asked):
         d, w = _right(pool, k, rule) - _right(pool, k, other), weights[:, questions.get_indexer(ids)]
         means.append(d.mean())
-        draws.append(w @ d / w.sum(1))
-    low, high = np.quantile(np.mean(draws, 0), (0.025, 0.975))
-    return Difference(float(np.mean(means)), float(low), float(high), sum(map(len, asked)))
+        with np.errstate(invalid="ignore"):  # a draw that leaves out all questions of a pool says nothing of it
+            draws.append(w @ d / w.sum(1))
+    low, high = np.nanquantile(np.mean(draws, 0), (0.025, 0.975))
+    return Difference(float(np.mean(means)), float(low), float(high), len(questions))
 
 # %% ../nbs/05_confidence_at_k.ipynb #23a2fcf4-9
 def pool_methods(

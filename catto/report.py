@@ -432,17 +432,18 @@ def _beside(of):
 def fallback_note(
     table,  # of metrics_table
 ):  # text
-    "A sentence on the tasks where most answers have no valid label; '' when there are none."
+    "A sentence on the tasks where, in the mean over seeds, most answers of a method have no valid label; '' when there are none."
     of, parsed = _finder(table), table[table["metric"] == "parse_rate"]
     few = parsed[parsed["mean"] < 50]
     if not len(few):
         return ""
     of_all = parsed["task"].value_counts()
     places = ", ".join(f"{task} ({'all' if len(rows) == of_all[task] else f'{len(rows)} of {of_all[task]}'} methods)" for task, rows in few.groupby("task", sort=False))
-    unsure = [task for task, rows in few.groupby("task", sort=False) if all(of(task, m, "mean_confidence")["mean"] < 1 for m in rows["method"])]
+    unsure = [task for task, rows in few.groupby("task", sort=False)
+              if len(rows) == of_all[task] and all(of(task, m, "mean_confidence")["mean"] < 1 for m in rows["method"])]
     more = f" On {' and '.join(unsure)} the confidence is below one point, so that the ECE is the accuracy: a lower one is no better calibration." if unsure else ""
-    return (f"Fewer than half of the answers have a valid label on {places}. There the answer and its confidence are the fallback's, the likeliest label "
-            f"after a forced `<answer>`, and differences say little.{more}")
+    return (f"Fewer than half of the answers (mean over seeds) have a valid label on {places}. Most answers and confidences there are the fallback's, the likeliest "
+            f"label after a forced `<answer>`, and differences say little.{more}")
 
 
 def _fallback_lines(table):
@@ -511,8 +512,8 @@ def confidence_markdown(
 ):  # text
     "Table 3 as Markdown: for each k the paper's rule, and what it has to beat on the same candidates; last, what these are."
     if not len(table):
-        return f"{note}\n\nNo pools of candidates: run 05_confidence_at_k.\n"
-    methods, tasks = [m for m in METHODS if m in {*table["method"], *absent["method"]}], list(dict.fromkeys(table["task"]))
+        return "\n".join([note, "", *_absent_note(absent), "No pools of candidates: run 05_confidence_at_k."]) + "\n"
+    methods, tasks = [m for m in METHODS if m in {*table["method"], *absent["method"]}], list(dict.fromkeys([*table["task"], *absent["task"]]))
     of, lines = _finder(table, ("task", "method", "k", "rule")), [note, "", *_absent_note(absent)]
     rules = [rule for rule in ("random", "majority", "weighted_vote", "log_prob", "pass") if rule in set(table["rule"])]
     for k in sorted({4, 8} & set(table["k"])) or sorted(set(table["k"])):  # those of the paper; the others are in the csv
@@ -545,7 +546,7 @@ def rates_table(
     task,  # which task
     paper,  # paper_column(7) to (11)
 ):  # DataFrame: task, method, seed, learning_rate, validation_ece [points], diverged, lowest, used, paper
-    "The learning rates of each seed and method. `lowest`: the lower validation ECE in that seed; `used`: the lower mean over seeds, of the rates that diverged in none."
+    "The learning rates of each seed and method. `lowest`: the lower validation ECE in that seed; `used`: the lower mean over seeds, among the rates that diverged least often."
     rows = training[(training["trained_on"] == task) & training["method"].map(lambda m: METHODS[m].rates)]
     table = rows.assign(task=task, validation_ece=100 * rows["validation_ece"].astype(float), used=rows["chosen"].astype(bool), diverged=rows["diverged"] == True)  # noqa: E712
     best = table.groupby(["method", "seed"])["validation_ece"].transform("min")
@@ -565,7 +566,9 @@ def rates_markdown(
     def rate(rows):
         lost = rows.loc[rows["diverged"], "seed"]
         words = f"diverged in seed{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if len(lost) else ""
-        return "; ".join(filter(None, [f"{rows['validation_ece'].mean():.1f}" if rows["validation_ece"].notna().any() else "", words]))
+        gone = len(seeds) - rows["seed"].nunique()
+        number = f"{rows['validation_ece'].mean():.1f}" if rows["validation_ece"].notna().any() else "–"
+        return "; ".join(filter(None, [number, words, f"not run in {gone} of {len(seeds)} seeds" if gone else ""]))
 
     for method, rows in table.groupby("method", sort=False):
         lowest, paper = rows[rows["lowest"]].set_index("seed")["learning_rate"], rows.drop_duplicates("seed").set_index("seed")["paper"]
@@ -1366,7 +1369,7 @@ def _other_tables(settings, results):
     for task, number in RATE_TABLES.items():
         table = _as_written(rates_table(runs.training, task, paper_column(number)))
         note = (f"Table {number}: learning rates on {task}, profile `{settings.profile}`. Of each seed the rate with the lower validation ECE, in brackets the "
-                "paper's choice for another model; `used`: the lower mean over seeds, of the rates that diverged in none. Validation ECE in points.")
+                "paper's choice for another model; `used`: the lower mean over seeds, among the rates that diverged least often. Validation ECE in points.")
         tables[number] = table, rates_markdown(table, note)
     table = _as_written(training_table(runs.training, settings.tasks, paper_column(12)))
     tables[12] = table, training_markdown(table, f"Table 12: training on profile `{settings.profile}`, {_what(settings)}. From the smallest to the "

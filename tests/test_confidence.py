@@ -125,7 +125,7 @@ def test_difference_of_a_rule_to_itself_and_its_sign():
     pools = [sampled_pool([0.3, 0.7], 150, 4, seed=s) for s in (0, 1)]
     assert rule_difference(pools, 4, "majority", "majority")[:3] == (0, 0, 0)
     there, back = rule_difference(pools, 4, "pass", "random"), rule_difference(pools, 4, "random", "pass")
-    assert there.mean == -back.mean and there.low > 0 > back.high and there.n == 300
+    assert there.mean == -back.mean and there.low > 0 > back.high and there.n == 150
     by_hand = np.mean([confidence_at_k(p, 4, "pass")["correct"].mean() - confidence_at_k(p, 4, "random")["correct"].mean() for p in pools])
     assert there.mean == pytest.approx(by_hand)
 
@@ -136,6 +136,8 @@ def test_questions_that_pools_share_are_drawn_once():
     others = [one.assign(id=one["id"].astype(str) + f"-{i}") for i in range(5)]
     width = lambda pools: (d := rule_difference(pools, 4, "majority", "random")).high - d.low
     assert width([one] * 5) == pytest.approx(width(one)) and width(others) < 0.6 * width(one)
+    few = rule_difference([sampled_pool([0.3, 0.7], 2, 4, seed=s).assign(id=[f"{s}-{i}" for i in (0, 1) for _ in range(4)]) for s in (0, 1)], 4, "pass", "random")
+    assert few.n == 4 and np.isfinite(few).all()
 
 
 # --- pools on the disk

@@ -1,6 +1,7 @@
 """The experiments beyond the paper's tables, on planted run folders: what is shown, what is skipped, what is refused."""
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,9 @@ def test_all_parts_are_written(settings, written):
                      "lambda_means.csv", "recipe.csv", "recipe.md", "experiments.md"}
     assert all((figures(written, settings) / name).is_file() for name in names)
     assert not any("not run" in text.lower() or "diverged" in text for text in manifest["parts"].values()), manifest["parts"]
+    assert manifest["parts"]["lambda_sweep"].startswith(f"Recommended on validation (seed 0, 1, every run at the learning rate {settings.preference_learning_rate:g}): ")
+    assert re.search(r"in all of \d+ runs. Of the forms that the paper's ¼ does not cover, 0 of \d+ runs go above it.", manifest["parts"]["gradients"])
+    assert "mean over pairs of tasks (6 with 2 seeds): `" in manifest["parts"]["transfer"] and "valid label" not in manifest["parts"]["transfer"]
 
 
 def test_numbers_of_the_sweep_are_those_of_the_predictions(settings, written):
@@ -137,6 +141,7 @@ def test_numbers_of_the_sweep_are_those_of_the_predictions(settings, written):
             rows = pd.read_parquet(folder / f"predictions_{where}.parquet")
             assert row[f"{where}_ece"] == pytest.approx(100 * expected_calibration_error(rows["confidence"], rows["correct"], 20), abs=1e-5)
             assert row[f"{where}_accuracy"] == pytest.approx(100 * rows["correct"].mean(), abs=1e-5)
+            assert row[f"{where}_parse_rate"] == 100 and 0 < row[f"{where}_ece_floor"] < 10 and row[f"{where}_ece_debiased"] < row[f"{where}_ece"]
     same = table[(table["form"] == "linear")]
     assert (same["ece_difference"] == 0).all()  # the very predictions of dpo_matched were written
 

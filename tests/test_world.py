@@ -86,7 +86,10 @@ TEXTS = {"table01": report.metrics_markdown, "table02": report.metrics_markdown,
 def test_each_text_follows_from_its_table(mini, name):
     shown, made = (re.split(r"(?m)^(?=[#|])", text, maxsplit=1) for text in
                    ((mini / f"{name}.md").read_text(), TEXTS[name](pd.read_csv(mini / f"{name}.csv"), "")))
-    assert shown[1] == made[1] and made[0].strip() in shown[0]  # below the line that says what the numbers are
+    assert shown[1] == made[1]  # below the line that says what the numbers are
+    assert shown[0].partition("\n\n")[2].strip() == made[0].strip()  # the sentence on answers without a valid label
+    assert "Profile `mini`" in shown[0] or "profile `mini`" in shown[0]
+    assert ("n = 500 questions of each seed" in shown[0]) == (TEXTS[name] not in (report.rates_markdown, report.training_markdown))
 
 
 def test_signatures_and_findings_follow_from_their_tables(mini):
