@@ -48,6 +48,8 @@ PLAN       = $(if $(filter paper,$(PROFILE)),,$(OFFLINE)) "$(BIN)/python" -c 'im
 ACCEPTED  := PYTHON PROFILE SEEDS SWEEPS CLUSTER JOBS GPUS CONFIG SAMPLES OPTIONS
 UNKNOWN   := $(filter-out $(ACCEPTED),$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
 $(if $(UNKNOWN),$(error unknown $(UNKNOWN): accepted are $(ACCEPTED)))
+$(foreach name,JOBS GPUS,$(if $(strip $($(name))),$(if $(filter 0,$(shell expr '$(strip $($(name)))' : '[1-9][0-9]*$$')),\
+  $(error $(name) is $(strip $($(name))): accepted is a whole number from 1))))
 
 .PHONY: help venv export test smoke reproduce study status plan teacher-plan rehearse bench bench-gpu readme lab notebooks clean
 .DEFAULT_GOAL := help

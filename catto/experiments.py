@@ -283,8 +283,9 @@ def recipe_markdown(
     seeds = ", ".join(str(s) for s in settings.sweep_seeds if s in settings.seeds)
     if best["recommended"]:
         words = (f"Recommended on validation (seed {seeds}, every run at the learning rate {settings.preference_learning_rate:g}): {_recipe_words(best)}. Validation ECE {best['validation_ece']:.1f} (`dpo_matched` {reference['validation_ece']:.1f}), "
-                 f"validation accuracy {-best['validation_cost']:+.1f}. On test, which had no say: ECE {best['test_ece']:.1f} (`dpo_matched` "
-                 f"{reference['test_ece']:.1f}), accuracy {best['test_accuracy'] - reference['test_accuracy']:+.1f}.")
+                 f"validation accuracy {-best['validation_cost']:+.1f} points. On test, which had no say: ECE {best['test_ece']:.1f} (`dpo_matched` "
+                 f"{reference['test_ece']:.1f}), accuracy {best['test_accuracy'] - reference['test_accuracy']:+.1f} points. A recipe qualifies with a lower validation ECE than "
+                 f"`dpo_matched`, at this rate, for at most {ACCURACY_COST:g} point of validation accuracy.")
     else:
         words = f"No recipe has a lower validation ECE than `dpo_matched` at a cost of at most {ACCURACY_COST:g} point of validation accuracy."
     ours = {"form": settings.label_form, "tokens": "label", "scale": settings.label_scale, "weight": settings.label_weight}
@@ -783,7 +784,8 @@ def write_experiments(
             if not written:
                 print(f"{name}: {sentences[name].strip()}")
         lines = [f"- **{title}** (`{name}`): {sentences[name].strip()}" for name, (title, _, _) in PARTS.items()]
-        head = f"Experiments on profile `{settings.profile}`, seeds {', '.join(map(str, settings.seeds))}."
+        head = (f"Experiments on profile `{settings.profile}`, seeds {', '.join(map(str, settings.seeds))}. ECE in points. The sweep, Cal-DPO and the transfer have every run at the "
+                f"learning rate {settings.preference_learning_rate:g}, so an ECE here may differ from that of Table 1, where validation chose.")
         write_atomic(target / "experiments.md", "\n".join([head, "", *lines]) + "\n")
         return {"parts": {name: text.strip() for name, text in sentences.items()}}, [*files, target / "experiments.md"]
 

@@ -48,6 +48,13 @@ def test_an_unknown_word_is_refused_with_what_is_accepted(word):
     assert f"unknown {word.split('=')[0]}: accepted are PYTHON PROFILE SEEDS SWEEPS CLUSTER JOBS GPUS CONFIG SAMPLES OPTIONS" in tried.stderr
 
 
+@pytest.mark.parametrize("word", ["JOBS=two", "JOBS=0", "GPUS=1.5"])
+def test_a_number_of_steps_is_a_whole_number(word):
+    tried = subprocess.run(["make", "--no-print-directory", "status", word], cwd=REPO, capture_output=True, text=True)
+    assert tried.returncode != 0 and not tried.stdout
+    assert f"{word.replace('=', ' is ')}: accepted is a whole number from 1" in tried.stderr
+
+
 # --- what a step asks for ------------------------------------------------------------------------------------------------------
 
 def test_every_step_asks_for_what_the_settings_say(tmp_path):

@@ -516,7 +516,7 @@ def test_answers_without_a_label_are_said_above_the_table_and_below_the_verdicts
     World(tmp_path, settings, unparsed={("mmlu", "dpo", None): 0.6, ("mmlu", "sft", None): 0.4}).make(pools=False)
     write_report(settings, tmp_path)
     one, two, findings = ((tmp_path / "figures/mini" / f"{name}.md").read_text() for name in ("table01", "table02", "findings"))
-    note = "Fewer than half of the answers (mean over seeds) have a valid label on snli (1 of 4 methods)."
+    note = "Fewer than half of the answers (mean over seeds) have a valid label on snli (`dpo`)."
     assert note in two and f"Out of distribution: {note}" in findings and "valid label" not in one and "the ECE is the accuracy" not in two
 
 
