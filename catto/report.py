@@ -7,7 +7,7 @@ __all__ = ['ANSWERS', 'CANDIDATES', 'FACTS', 'METRICS', 'REFERENCES', 'RATE_TABL
            'SAME_RATE_REFERENCES', 'MAIN_METHODS', 'MAIN_CONTRASTS', 'SAME_RATE_CONTRASTS', 'HEADLINES',
            'VERDICT_ORDER', 'FIGURE1_METHODS', 'Runs', 'load_runs', 'load_predictions', 'score_runs',
            'calibration_metrics', 'outcome_metrics', 'resample', 'contrast', 'paired_difference', 'contrasts_of',
-           'paper_table', 'paper_column', 'metrics_table', 'metrics_markdown', 'fallback_note', 'spread_table',
+           'paper_table', 'paper_column', 'metrics_table', 'fallback_note', 'metrics_markdown', 'spread_table',
            'spread_markdown', 'confidence_table', 'confidence_markdown', 'rates_table', 'rates_markdown', 'time_ratios',
            'training_table', 'training_markdown', 'signatures', 'signature_lines', 'Claim', 'rule_of', 'claimed_pairs',
            'verdicts', 'goals', 'same_rate_pairs', 'same_rate_table', 'same_rate_markdown', 'results_markdown',
@@ -400,35 +400,13 @@ def _against_cell(of, metric, reference):
     return lambda t, m: "0" if m == reference and of(t, m, metric) else _interval(of(t, m, metric), f"minus_{reference}")
 
 
-def metrics_markdown(
-    table,  # of metrics_table
-    note,  # a line that says what these numbers are
-    absent=_NO_ABSENT,  # of load_runs
-):  # text
-    "Table 1 or 2 as Markdown: ECE and accuracy, their differences to the references, what an ECE has to be held against, the paper's numbers."
-    methods = [m for m in METHODS if m in {*table["method"], *absent["method"]}]
-    tasks, of = list(dict.fromkeys([*table["task"], *absent["task"]])), _finder(table)
-    ece = f"ECE-{int(table['bins'].iloc[0])}" if len(table) else "ECE"
-
-    def printed(t, m):
-        return " / ".join("–" if of(t, m, x) is None or np.isnan(of(t, m, x)["paper"]) else f"{of(t, m, x)['paper']:.2f}" for x in ("accuracy", "ece"))
-
-    blocks = [(ece, _mean_cell(of, absent, "ece")), ("Accuracy", _mean_cell(of, absent, "accuracy"))]
-    blocks += [(f"{title} minus that of `{r}`", _against_cell(of, x, r)) for r in REFERENCES if r in methods for title, x in ((ece, "ece"), ("Accuracy", "accuracy"))]
-    blocks += [_beside(of), ("The paper: accuracy / ECE", printed)]
-    lines = [note, "", *_absent_note(absent), *_fallback_lines(table)]
-    for title, cell in blocks if len(table) else []:
-        lines += [f"### {title}", "", *_grid_lines(methods, tasks, cell), ""]
-    return "\n".join(lines if len(table) else [*lines, "No runs."]).rstrip() + "\n"
-
-
 def _beside(of):
     "The block of what an ECE has to be held against: (title, cell)."
     names = ("ece_floor", "ece_debiased", "oracle_error", "parse_rate")
     return ("Beside the ECE: noise floor / debiased ECE / \\|c − P(correct)\\| / parsed",
             lambda t, m: " / ".join(_value(of(t, m, name), spread=False) for name in names))
 
-
+# %% ../nbs/06_report.ipynb #fallback2
 def fallback_note(
     table,  # of metrics_table
 ):  # text
@@ -452,6 +430,28 @@ def fallback_note(
 
 def _fallback_lines(table):
     return [note, ""] if (note := fallback_note(table)) else []
+
+# %% ../nbs/06_report.ipynb #fallback4
+def metrics_markdown(
+    table,  # of metrics_table
+    note,  # a line that says what these numbers are
+    absent=_NO_ABSENT,  # of load_runs
+):  # text
+    "Table 1 or 2 as Markdown: ECE and accuracy, their differences to the references, what an ECE has to be held against, the paper's numbers."
+    methods = [m for m in METHODS if m in {*table["method"], *absent["method"]}]
+    tasks, of = list(dict.fromkeys([*table["task"], *absent["task"]])), _finder(table)
+    ece = f"ECE-{int(table['bins'].iloc[0])}" if len(table) else "ECE"
+
+    def printed(t, m):
+        return " / ".join("–" if of(t, m, x) is None or np.isnan(of(t, m, x)["paper"]) else f"{of(t, m, x)['paper']:.2f}" for x in ("accuracy", "ece"))
+
+    blocks = [(ece, _mean_cell(of, absent, "ece")), ("Accuracy", _mean_cell(of, absent, "accuracy"))]
+    blocks += [(f"{title} minus that of `{r}`", _against_cell(of, x, r)) for r in REFERENCES if r in methods for title, x in ((ece, "ece"), ("Accuracy", "accuracy"))]
+    blocks += [_beside(of), ("The paper: accuracy / ECE", printed)]
+    lines = [note, "", *_absent_note(absent), *_fallback_lines(table)]
+    for title, cell in blocks if len(table) else []:
+        lines += [f"### {title}", "", *_grid_lines(methods, tasks, cell), ""]
+    return "\n".join(lines if len(table) else [*lines, "No runs."]).rstrip() + "\n"
 
 # %% ../nbs/06_report.ipynb #23a2fcf4-20
 def spread_table(

@@ -131,7 +131,7 @@ def test_difference_of_a_rule_to_itself_and_its_sign():
 
 
 def test_questions_that_pools_share_are_drawn_once():
-    "Five pools of the same questions teach no more than one; five of other questions are."
+    "Five pools of the same questions teach no more than one; five pools of other questions do."
     one = sampled_pool([0.3, 0.7], 150, 4, seed=0)
     others = [one.assign(id=one["id"].astype(str) + f"-{i}") for i in range(5)]
     width = lambda pools: (d := rule_difference(pools, 4, "majority", "random")).high - d.low

@@ -4,8 +4,8 @@ import re
 import pandas as pd
 import pytest
 
-from catto.data import TASKS, load_questions
 from catto import report
+from catto.data import TASKS, load_questions
 from catto.report import findings_markdown, headline, results_markdown, signature_lines
 from catto.settings import load
 
@@ -103,9 +103,9 @@ def test_sentences_of_the_readme_that_are_typed(repo, mini, scores):
     for task in MINI.tasks:
         assert mean(scores, task, "rcft", "ece") - mean(scores, task, "rcft", "ece_floor") < 0.02
         assert abs(mean(scores, task, "rcft", "accuracy") - mean(scores, task, "dpo", "accuracy")) < 0.01
-        assert 50 < rates.loc[(task, "dpo_catto_label", "ece"), "inverted_pairs"] and 33 <= rates.loc[(task, "dpo_matched", "ece"), "inverted_pairs"] < 40.5
+        assert 50 < rates.loc[(task, "dpo_catto_label", "ece"), "inverted_pairs"] and 33 <= round(rates.loc[(task, "dpo_matched", "ece"), "inverted_pairs"]) <= 40
         assert all(7.5 < 100 * mean(scores, task, method, "oracle_error") < 18.5 for method in ("rcft", "dpo_catto_label"))
-    for sentence in ("within 2 points of the noise floor on all\nfive tasks, at DPO's accuracy", "of its control's 33 to 40% at the same rate", "stays at 8 to 18 points"):
+    for sentence in ("within 2 points of the noise floor on all\nfive tasks, at DPO's accuracy", "against 33 to 40% of its control's at the same rate", "stays at 8 to 18 points"):
         assert sentence in readme
 
 
